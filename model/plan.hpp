@@ -11,6 +11,7 @@
 
 #include "config/ids.hpp"
 #include "config/job_spec.hpp"
+#include "config/leaves.hpp"  // resolve_leaf_count, leaf_balance
 #include "config/result.hpp"
 
 namespace stagecoach {
@@ -77,10 +78,5 @@ struct stage_memory {
   std::int64_t total() const { return weights + optimizer + gradients + activations + buffers; }
 };
 stage_memory predict_memory(const job_spec& spec, const layout& shape, int stage, int replica);
-
-/// leaves: auto. The smallest power of two that divides the microbatch count, is >= the largest replica
-/// count, with load balance >= 0.90 at every count in [min, max] where one exists; else the largest
-/// power of two that divides the microbatch count.
-std::int64_t resolve_leaf_count(std::int64_t microbatch_count, int workers_min, int workers_max);
 
 }  // namespace stagecoach
