@@ -17,16 +17,10 @@
 
 #include "config/ids.hpp"
 #include "config/result.hpp"
+#include "config/tls.hpp"
 #include "worker/link.hpp"
 
 namespace stagecoach {
-
-/// Files of one identity (PEM); empty = no TLS. Links are mutual: both ends must show a certificate of the
-/// CA with role `worker`.
-struct tls_files {
-  std::string ca, certificate, key;
-  bool empty() const { return ca.empty(); }
-};
 
 struct link_peer {
   std::string name;   // worker's name, for messages
@@ -41,7 +35,7 @@ class link_server {
   struct options {
     std::string host = "127.0.0.1";
     std::uint16_t port = 0;                       // 0: any free one
-    tls_files tls;
+    tls_files tls;                                // mutual: both ends must show role `worker`
     std::chrono::milliseconds beat{100};
     std::chrono::milliseconds suspect_after{1000};
     std::chrono::milliseconds connect_within{5000};
