@@ -10,20 +10,20 @@
 namespace stagecoach {
 
 enum class op : std::uint8_t {
-  receive_activation,   // from stage-1, microbatch
+  receive_activation,  // from stage-1, microbatch
   forward,
-  send_activation,      // to stage+1
-  receive_gradient,     // from stage+1
+  send_activation,   // to stage+1
+  receive_gradient,  // from stage+1
   backward_input,
-  send_gradient,        // to stage-1
+  send_gradient,  // to stage-1
   backward_weight,
-  reduce,               // leaf blocks of all parameters among the replicas of this stage
-  step,                 // vote and apply
+  reduce,  // leaf blocks of all parameters among the replicas of this stage
+  step,    // vote and apply
 };
 
 struct instruction {
   op what;
-  int microbatch = 0;   // index within this replica's share of the step, from 0
+  int microbatch = 0;  // index within this replica's share of the step, from 0
   bool operator==(const instruction&) const = default;
 };
 
@@ -31,7 +31,8 @@ struct instruction {
 using schedule_table = std::vector<std::vector<instruction>>;
 
 /// schedule: "gpipe" or "1f1b".  microbatch_count: of this replica.
-result<schedule_table> make_schedule(const std::string& schedule, int stage_count, int microbatch_count);
+result<schedule_table> make_schedule(const std::string& schedule, int stage_count,
+                                     int microbatch_count);
 
 struct schedule_facts {
   std::vector<int> live_microbatches_max;  // per stage: activations kept at once
@@ -39,13 +40,17 @@ struct schedule_facts {
   double bubble = 0;                       // idle share of the busiest stage
 };
 
-/// Replays the table: proves it free of deadlock, complete (each microbatch once through F, B, W on each
-/// stage, sends matched by receives in order), weight gradients in microbatch order, and counts live
-/// activations. times: per stage seconds of {forward, backward_input, backward_weight}; link: seconds.
-/// Fails: bad_spec, naming stage and instruction.
-struct stage_times { double forward = 1, backward_input = 1, backward_weight = 1; };
+/// Replays the table: proves it free of deadlock, complete (each microbatch once through F, B, W on
+/// each stage, sends matched by receives in order), input and weight gradients in microbatch order,
+/// and counts live activations (from arrival, or forward, to backward_weight). Sends never block.
+/// times: per stage seconds of {forward, backward_input, backward_weight}; link: seconds. Fails:
+/// bad_spec, naming stage and instruction.
+struct stage_times {
+  double forward = 1, backward_input = 1, backward_weight = 1;
+};
 result<schedule_facts> check_schedule(const schedule_table& table, int microbatch_count,
-                                      const std::vector<stage_times>& times = {}, double link_seconds = 0);
+                                      const std::vector<stage_times>& times = {},
+                                      double link_seconds = 0);
 
 std::string to_string(op what);
 

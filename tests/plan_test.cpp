@@ -152,8 +152,7 @@ TEST_CASE("every worker count has a valid layout, the same each time") {
     }
 }
 
-TEST_CASE("more workers never make the predicted layout smaller than one worker's use") {
-  // Work divides evenly over 1, 2, 4, 8 replicas: nothing is left idle there.
+TEST_CASE("a worker count that divides the leaves leaves no worker idle") {
   for (int workers : {1, 2, 4, 8, 16}) {
     auto shape = choose_layout(gpt2(), workers);
     REQUIRE(shape);
