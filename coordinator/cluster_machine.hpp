@@ -1,0 +1,221 @@
+// The coordinator's mind: workers, the queue, gang placement, and the machines of all jobs.
+//
+// Pure: the shell (coordinator_actor) brings events and carries out actions in order; what follows
+// a synced `save` waits for its acknowledgement, while later events may go on being delivered
+// (their actions queue behind). Time comes as ticks (about every 100 ms; one more before any event
+// makes its time exact). A request to store something (submit, drain, pause, ...) is answered after
+// it is durable.
+//
+// Queue: by priority, then age. A job starts with all of its minimum or not at all. A later job may
+// start while the first does not fit (backfill); a running job grows only when nobody waits for its
+// workers.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "coordinator/job_machine.hpp"
+#include "coordinator/messages.hpp"
+#include "coordinator/records.hpp"
+
+namespace stagecoach {
+
+// ---- events
+// -----------------------------------------------------------------------------------------
+namespace events {
+struct worker_attached {
+  connection_id connection{};
+  hello greeting;
+};  // the first message of a connection
+struct worker_detached {
+  connection_id connection{};
+  std::string why;
+};
+struct worker_said {
+  connection_id connection{};
+  to_coordinator message;
+};  // a later hello counts as an attach
+struct tick {
+  std::int64_t now_ms = 0;
+  std::int64_t unix_ms = 0;
+};  // monotonic; wall clock
+struct submit_job {
+  job_spec spec;
+  std::string spec_text;
+  reply_id reply{};
+};
+struct cancel_job {
+  job_id job{};
+  bool now = false;
+  reply_id reply{};
+};
+struct pause_job {
+  job_id job{};
+  reply_id reply{};
+};
+struct resume_job {
+  job_id job{};
+  reply_id reply{};
+};
+struct save_now {
+  job_id job{};
+  reply_id reply{};
+};
+struct drain_worker {
+  std::string name;
+  std::string reason;
+  reply_id reply{};
+};  // name or "w-<id>"
+struct undrain_worker {
+  std::string name;
+  reply_id reply{};
+};
+}  // namespace events
+
+using event =
+    std::variant<events::worker_attached, events::worker_detached, events::worker_said,
+                 events::tick, events::submit_job, events::cancel_job, events::pause_job,
+                 events::resume_job, events::save_now, events::drain_worker, events::undrain_worker,
+                 checkpoint_found, manifest_written, checkpoints_retired>;
+
+// ---- views
+// ------------------------------------------------------------------------------------------
+struct worker_view {
+  worker_id id{};
+  std::string name, host, state;  // JOINING IDLE BUSY DRAINING DRAINED LOST
+  job_id job{};
+  std::string device, device_class;
+  int threads = 0;
+  std::uint64_t memory_bytes = 0;
+  std::map<std::string, std::string> labels;
+  std::string link_host;
+  std::uint16_t link_port = 0;
+  std::uint64_t step = 0;
+  std::int64_t heard_ms_ago = 0;
+  std::int64_t attached_unix_ms = 0;
+  std::string version, reason;
+};
+
+class cluster_machine {
+ public:
+  /// incarnation becomes restored + 1; start() gives the actions that make it durable, to be
+  /// carried out before anything else.
+  explicit cluster_machine(restored_records restored, detection rules = {});
+  [[nodiscard]] std::vector<action> start();
+  [[nodiscard]] std::vector<action> step(const event& e);
+
+  std::uint64_t incarnation() const { return meta_.incarnation; }
+  const std::map<job_id, job_machine>& jobs() const { return jobs_; }
+  std::vector<job_view> job_views() const;
+  std::optional<job_view> job(job_id id) const;
+  /// By id text ("j-000012", "12") or by name (the newest of that name).
+  std::optional<job_id> find_job(const std::string& text) const;
+  std::vector<worker_view> workers() const;
+  /// Why is it pending, slow, restarting: words with numbers; empty if there is no such job.
+  std::string why(job_id id) const;
+  /// Messages dropped since they came from no registered connection or of a stale generation.
+  std::uint64_t dropped_messages() const { return dropped_messages_; }
+
+ private:
+  struct worker {
+    worker_record record;
+    connection_id connection{};  // 0: none
+    hello greeting;
+    std::int64_t heard_ms = 0;
+    std::int64_t detached_ms = 0;
+    std::int64_t attached_unix_ms = 0;
+    std::uint64_t step = 0;
+    job_id job{};          // who has it
+    bool is_lost = false;  // a job gave it up; free again when it is heard
+    std::string reason;
+  };
+
+  void on(const events::worker_attached& e);
+  void on(const events::worker_detached& e);
+  void on(const events::worker_said& e);
+  void on(const events::tick& e);
+  void on(const events::submit_job& e);
+  void on(const events::cancel_job& e);
+  void on(const events::pause_job& e);
+  void on(const events::resume_job& e);
+  void on(const events::save_now& e);
+  void on(const events::drain_worker& e);
+  void on(const events::undrain_worker& e);
+  void on(const checkpoint_found& e);
+  void on(const manifest_written& e);
+  void on(const checkpoints_retired& e);
+
+  void place();
+  void tell(job_id job, const job_event& e);
+  void take(std::vector<action> from);
+  void welcome_back(worker& w, const hello& greeting);
+  void forget(worker_id id, const std::string& why);
+  bool is_free(const worker& w) const;
+  /// Words why not, empty if it suits.
+  std::string unsuited(const worker& w, const job_machine& job) const;
+  std::vector<worker_id> suitable(const job_machine& job) const;
+  worker* by_connection(connection_id connection);
+  worker* by_name(const std::string& name);
+  worker_facts facts_of(const worker& w) const;
+  actions::row meta_row() const;
+  void note(const std::string& kind, const std::string& text,
+            std::map<std::string, std::string> fields = {}, const std::string& level = "info");
+  void reply(reply_id id, result<actions::reply_value> outcome);
+
+  detection rules_;
+  meta_record meta_;
+  std::map<worker_id, worker> workers_;
+  std::map<job_id, job_machine> jobs_;
+  std::map<job_id, std::pair<std::vector<worker_id>, std::int64_t>> growth_;  // on offer since
+  std::uint64_t next_event_ = 1;
+  std::int64_t now_ms_ = 0, unix_ms_ = 0;
+  std::uint64_t dropped_messages_ = 0;
+  std::vector<std::string> problems_;
+  std::vector<action> out_;
+};
+
+/// "j-000012"
+std::string to_string(job_id id);
+/// "w-000003"; for workers that gave no name.
+std::string to_string(worker_id id);
+
+// ---- field lists
+// ------------------------------------------------------------------------------------
+#define STAGECOACH_FIELDS(type, ...)                  \
+  template <class V, class M>                         \
+  requires std::same_as<std::remove_const_t<M>, type> \
+  void visit_fields(V&& v, M& m) { __VA_ARGS__; }
+STAGECOACH_FIELDS(member_view, v("worker", m.worker), v("name", m.name), v("host", m.host),
+                  v("stage", m.stage), v("replica", m.replica), v("state", m.state),
+                  v("step", m.step))
+STAGECOACH_FIELDS(job_view, v("id", m.id), v("name", m.name), v("state", m.state),
+                  v("reason", m.reason), v("priority", m.priority), v("step", m.step),
+                  v("stop_steps", m.stop_steps), v("generation", m.generation),
+                  v("plan_hash", m.plan_hash), v("phase", m.phase), v("stages", m.stages),
+                  v("replicas", m.replicas), v("schedule", m.schedule), v("unit_cuts", m.unit_cuts),
+                  v("leaf_cuts", m.leaf_cuts), v("workers", m.workers),
+                  v("workers_min", m.workers_min), v("workers_max", m.workers_max),
+                  v("loss", m.loss), v("step_us", m.step_us), v("evaluated_step", m.evaluated_step),
+                  v("evaluated_loss", m.evaluated_loss), v("has_saved", m.has_saved),
+                  v("saved_step", m.saved_step), v("saved_hash", m.saved_hash),
+                  v("saved_unix_ms", m.saved_unix_ms), v("recovery_count", m.recovery_count),
+                  v("redone_steps", m.redone_steps), v("divergences", m.divergences),
+                  v("stale_messages", m.stale_messages), v("losses_survived", m.losses_survived),
+                  v("last_recovery_ms", m.last_recovery_ms),
+                  v("submitted_unix_ms", m.submitted_unix_ms),
+                  v("started_unix_ms", m.started_unix_ms), v("ended_unix_ms", m.ended_unix_ms),
+                  v("members", m.members))
+STAGECOACH_FIELDS(worker_view, v("id", m.id), v("name", m.name), v("host", m.host),
+                  v("state", m.state), v("job", m.job), v("device", m.device),
+                  v("device_class", m.device_class), v("threads", m.threads),
+                  v("memory_bytes", m.memory_bytes), v("labels", m.labels),
+                  v("link_host", m.link_host), v("link_port", m.link_port), v("step", m.step),
+                  v("heard_ms_ago", m.heard_ms_ago), v("attached_unix_ms", m.attached_unix_ms),
+                  v("version", m.version), v("reason", m.reason))
+#undef STAGECOACH_FIELDS
+
+}  // namespace stagecoach

@@ -1,0 +1,448 @@
+// The life of one job: generations, the choice of state, saves, orders, losses, the end.
+//
+// Pure: no clock, socket, disk, thread or random. Actions are carried out in order; all that
+// follows a synced `save` waits for its acknowledgement. Whoever is given to the job
+// (cluster_machine) is its own until it says `release`. Knows no connection and no other job.
+//
+//   PENDING --workers given--> preparing(n) --decide--> [finding] --commit--> loading --all
+//   ready--> running
+//      ^                          ^   ^                                          | |  ^ | pause,
+//      too few for long  |   +------------- a loss: n + 1 --------------+--------------------+  |
+//      +--------------------------+                                          order hold (grow,
+//      drain, pause)
+//                                 +------------- all held, workers changed ------------- holding
+//                                 ---+---+
+//   running --all finished, final manifest durable--> COMPLETED; fatal failure --> FAILED; cancel
+//   --> CANCELLED restart of the coordinator: adopting --all members back--> running, else
+//   preparing(n + 1)
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "config/ids.hpp"
+#include "config/result.hpp"
+#include "coordinator/messages.hpp"
+#include "coordinator/records.hpp"
+#include "model/plan.hpp"
+
+namespace stagecoach {
+
+enum class connection_id : std::uint64_t;  // given by coordinator/gateway.hpp; 0 is "none"
+enum class reply_id : std::uint64_t {};    // given by the shell with a request; 0: nobody waits
+
+/// When silence becomes a loss, and how long the job waits for what. Milliseconds.
+struct detection {
+  std::int64_t reconnect_grace =
+      3'000;  // control closed, no peer to ask: a worker's back-off is under 2 s
+  std::int64_t unconfirmed_max =
+      30'000;  // control closed, but its links live: a lost control socket never
+               // evicts; half a minute on, nobody could give it orders any more
+  std::int64_t suspected_silence = 3'000;  // three missed beats and a peer's word
+  std::int64_t silence_max = 10'000;       // ten missed beats alone: frozen, or its host is
+  std::int64_t link_lost_wait =
+      1'000;  // a link broke, both ends beat: the control loss may be on its way
+  std::int64_t link_suspected_max = 5'000;  // a link stands but carries nothing
+  std::int64_t prepare_wait =
+      2'000;  // an answer to prepare needs no computation, only a dropped step
+  std::int64_t minority_wait = 10'000;  // a silent member may hold a newer step
+  std::int64_t load_wait = 60'000;      // without any sign from a member that loads
+  std::int64_t order_wait = 120'000;    // end without the final save, cancel without its save
+  std::int64_t finish_wait = 5'000;     // final manifest durable, a member has not said finished
+  std::int64_t burst_wait = 500;        // joiners that come together make one generation
+  std::int64_t retry_wait = 5'000;      // a failed save of the last step is tried again
+  std::int64_t back_off_first = 200;    // after a generation that failed before it ran; doubles
+  std::int64_t back_off_max = 10'000;
+  std::int64_t failure_window = 3'600'000;  // elasticity.max_failures is per hour
+};
+
+/// What a job must know of a worker that is given to it.
+struct worker_facts {
+  worker_id id{};
+  process_id process;
+  std::string name, host, link_host;
+  std::uint16_t link_port = 0;
+  std::string device_class;
+};
+
+// ---- events of a job
+// --------------------------------------------------------------------------------
+namespace job_events {
+struct workers_given {
+  std::vector<worker_facts> workers;
+};  // all connected
+struct worker_connected {
+  worker_id worker;
+  hello greeting;
+};  // a member is back (same process)
+struct worker_disconnected {
+  worker_id worker;
+  std::string why;
+};
+struct worker_gone {
+  worker_id worker;
+  std::string why;
+};  // its process is known to be no more
+struct worker_said {
+  worker_id worker;
+  to_coordinator message;
+};
+struct worker_draining {
+  worker_id worker;
+  bool is_draining = true;
+  std::string reason;
+};
+struct tick {
+  std::int64_t now_ms = 0, unix_ms = 0;
+};
+struct pause {
+  reply_id reply{};
+};
+struct resume {
+  reply_id reply{};
+};
+struct cancel {
+  bool now = false;
+  reply_id reply{};
+};
+struct save_now {
+  reply_id reply{};
+};
+}  // namespace job_events
+
+/// A usable checkpoint, verified by the shell.
+struct checkpoint_facts {
+  std::uint64_t step = 0, seq = 0, chain = 0;
+  exact_double loss;
+  std::string weights_hash;  // of the whole model
+  std::vector<part_record> parts;
+};
+
+struct checkpoint_found {  // answers find_checkpoint
+  job_id job{};
+  std::uint64_t request = 0;
+  std::optional<checkpoint_facts> newest;
+  std::vector<std::string> notes;  // newer ones that were skipped, and why
+};
+struct manifest_written {  // answers write_manifest
+  job_id job{};
+  std::uint64_t step = 0;
+  bool is_ok = false;
+  std::string problem;
+};
+struct checkpoints_retired {  // answers retire_checkpoints
+  job_id job{};
+  std::vector<std::uint64_t> steps;
+};
+
+using job_event =
+    std::variant<job_events::workers_given, job_events::worker_connected,
+                 job_events::worker_disconnected, job_events::worker_gone, job_events::worker_said,
+                 job_events::worker_draining, job_events::tick, job_events::pause,
+                 job_events::resume, job_events::cancel, job_events::save_now, checkpoint_found,
+                 manifest_written, checkpoints_retired>;
+
+// ---- actions
+// ----------------------------------------------------------------------------------------
+namespace actions {
+struct row {
+  std::string key;
+  std::optional<std::string> value;  // none: erase
+};
+/// One batch. All actions that follow wait until it is durable, if synced.
+struct save {
+  std::vector<row> rows;
+  bool is_synced = true;
+};
+struct send {
+  worker_id worker{};
+  connection_id connection{};
+  to_worker message;
+};
+struct close {
+  connection_id connection{};
+  std::string reason;
+};
+/// Newest checkpoint of the job that verifies, at most step_max; answered by checkpoint_found.
+/// folder: spec.checkpoint.store, empty for the shell's default.
+struct find_checkpoint {
+  job_id job{};
+  std::string folder;
+  std::uint64_t request = 0, step_max = ~0ull;
+};
+/// Idempotent: the same content may be written again after a restart. Answered by manifest_written.
+struct write_manifest {
+  job_id job{};
+  std::uint64_t step = 0, seq = 0, chain = 0, generation = 0;
+  exact_double loss;
+  std::string weights_hash;
+  std::vector<part_record> parts;
+  bool is_final = false;
+};
+/// Never removes the newest durable one. Answered by checkpoints_retired, with what is gone.
+struct retire_checkpoints {
+  job_id job{};
+  std::string folder;
+  int keep_last = 3;
+  std::int64_t keep_every_steps = 0;
+};
+/// A row under keys::event (need not be synced) and a log line.
+struct note {
+  event_record record;
+};
+struct series {
+  job_id job{};
+  std::uint64_t generation = 0;
+  std::vector<step_report> steps;
+};
+struct evaluation {
+  job_id job{};
+  std::uint64_t step = 0;
+  exact_double loss;
+};
+struct log {
+  job_id job{};
+  worker_id worker{};
+  log_line line;
+};
+struct reply_value {
+  job_id job{};
+  std::string text;
+};
+struct reply {
+  reply_id id{};
+  result<reply_value> outcome;
+};
+/// Gives a worker back; taken by cluster_machine, never seen by the shell.
+struct release {
+  worker_id worker{};
+  bool is_lost = false;
+  std::string reason;
+};
+}  // namespace actions
+
+using action = std::variant<actions::save, actions::send, actions::close, actions::find_checkpoint,
+                            actions::write_manifest, actions::retire_checkpoints, actions::note,
+                            actions::series, actions::evaluation, actions::log, actions::reply,
+                            actions::release>;
+
+// ---- views
+// ------------------------------------------------------------------------------------------
+/// What a job would take from the free workers.
+struct worker_wish {
+  int least = 0;  // below it, giving any is of no use (a pending job's gang); else 0 or 1
+  int most = 0;
+  bool is_growth = false;  // it runs; only others' leavings
+};
+
+struct member_view {
+  worker_id worker{};
+  std::string name, host;
+  int stage = 0, replica = 0;
+  std::string state;  // "running", "loading", "disconnected", "draining", ...
+  std::uint64_t step = 0;
+};
+
+struct job_view {
+  job_id id{};
+  std::string name, state, reason;
+  int priority = 0;
+  std::uint64_t step = 0, stop_steps = 0, generation = 0, plan_hash = 0;
+  std::string phase;  // "running", "preparing", ...
+  int stages = 0, replicas = 0;
+  std::string schedule;
+  std::vector<int> unit_cuts, leaf_cuts;
+  int workers = 0, workers_min = 0, workers_max = 0;
+  exact_double loss;  // of the newest step reported
+  std::int64_t step_us = 0;
+  std::optional<std::uint64_t> evaluated_step;
+  exact_double evaluated_loss;
+  std::uint64_t saved_step = 0;
+  bool has_saved = false;
+  std::string saved_hash;  // weights hash of the newest checkpoint
+  std::int64_t saved_unix_ms = 0;
+  int recovery_count = 0;
+  std::uint64_t redone_steps = 0, divergences = 0, stale_messages = 0;
+  int losses_survived = 0;            // further losses that lose no committed step now
+  std::int64_t last_recovery_ms = 0;  // loss detected to first new step; 0: none yet
+  std::int64_t submitted_unix_ms = 0, started_unix_ms = 0, ended_unix_ms = 0;
+  std::vector<member_view> members;
+};
+
+class job_machine {
+ public:
+  /// restored: a new job (record only) or all that the store holds. A job whose record says running
+  /// waits for the members of its newest generation (adopting). unix_ms, now_ms as of the first
+  /// tick.
+  explicit job_machine(restored_job restored, detection rules = {});
+
+  [[nodiscard]] std::vector<action> step(const job_event& e);  // carry out in this order
+
+  job_id id() const { return record_.id; }
+  const job_record& record() const { return record_; }
+  const std::map<std::uint64_t, checkpoint_record>& checkpoints() const { return checkpoints_; }
+  const std::optional<generation_record>& generation() const { return generation_; }
+  job_state state() const;
+  worker_wish wish(int free_suitable) const;
+  bool has_worker(worker_id id) const { return members_.count(id) != 0; }
+  /// False: this worker failed at this job on its own account (data file missing, ...); words in
+  /// why.
+  bool accepts(const worker_facts& worker, std::string* why = nullptr) const;
+  std::vector<worker_id> workers() const;
+  /// Was in the newest committed plan; a coordinator that restarts waits for it.
+  bool expects(worker_id id) const;
+  job_view view() const;
+  /// Words on what it waits for; the cluster adds what it knows of the free workers.
+  std::string waits_for() const;
+
+ private:
+  enum class phase { none, adopting, backing_off, preparing, finding, loading, running, holding };
+  static const char* name_of(phase p);
+
+  /// Someone who is given to this job.
+  struct member {
+    worker_facts facts;
+    bool is_connected = true;
+    std::int64_t disconnected_ms = 0;
+    std::string disconnected_why;
+    std::int64_t heard_ms = 0;
+    int rank = -1;  // in the newest committed plan; -1: not in it
+    bool is_draining = false;
+    std::string drain_reason;
+    worker_phase phase = worker_phase::idle;
+    std::uint64_t step = 0;
+    std::optional<prepared> answer;  // to the prepare of number_
+    std::optional<ready> loaded;     // for the newest plan
+    bool is_held = false, is_finished = false;
+    std::map<worker_id, std::int64_t> lost_by, suspected_by;  // who says so, since when
+  };
+  struct pending_save {
+    std::vector<part_saved> parts;
+    bool is_writing = false;
+    std::int64_t retry_ms = 0;  // manifest to be written again; 0: no
+  };
+  struct choice;  // of state and members, see decide()
+
+  // Events.
+  void on(const job_events::workers_given& e);
+  void on(const job_events::worker_connected& e);
+  void on(const job_events::worker_disconnected& e);
+  void on(const job_events::worker_gone& e);
+  void on(const job_events::worker_said& e);
+  void on(const job_events::worker_draining& e);
+  void on(const job_events::tick& e);
+  void on(const job_events::pause& e);
+  void on(const job_events::resume& e);
+  void on(const job_events::cancel& e);
+  void on(const job_events::save_now& e);
+  void on(const checkpoint_found& e);
+  void on(const manifest_written& e);
+  void on(const checkpoints_retired& e);
+
+  // Messages of members.
+  void said(member& m, const hello&) { (void)m; }
+  void said(member& m, const beat& x);
+  void said(member& m, const prepared& x);
+  void said(member& m, const ready& x);
+  void said(member& m, const failed& x);
+  void said(member& m, const progress& x);
+  void said(member& m, const evaluated& x);
+  void said(member& m, const part_saved& x);
+  void said(member& m, const held& x);
+  void said(member& m, const finished& x);
+  void said(member& m, const peer_report& x);
+  void said(member& m, const log_line& x);
+  void said(member& m, const goodbye& x);
+
+  // What the life is made of; job_machine.cpp says each.
+  void advance();
+  void watch_members();
+  void lose(worker_id id, const std::string& why, bool is_fault = true);
+  void fail_generation(const std::string& why);
+  void start_preparing(const std::string& reason);
+  void ask(member& m);
+  void consider_decision();
+  void decide();
+  void ask_for_checkpoint();
+  void commit_generation(const choice& c);
+  void consider_running();
+  void consider_change();
+  void give(order_kind kind);
+  void act_on_hold();
+  void consider_save(std::uint64_t step);
+  void start_manifest(std::uint64_t step);
+  void consider_end();
+  void release(worker_id id, const std::string& reason, bool is_lost = false);
+  void release_all(const std::string& reason);
+  void end(job_state state, const std::string& reason);
+  void put_to_pause(const std::string& reason);
+  void wait_as_pending(const std::string& reason);
+  void save_record();
+  void note(const std::string& kind, const std::string& text,
+            std::map<std::string, std::string> fields = {}, const std::string& level = "info");
+  void send(worker_id to, to_worker message);
+  void reply(reply_id id, result<actions::reply_value> outcome);
+  bool check_chain(std::uint64_t step, std::uint64_t chain, const std::string& who);
+  bool is_current(const member& m, std::uint64_t generation, std::uint64_t hash) const;
+  bool is_in_generation() const;
+  int workers_least() const;
+  int workers_most() const;
+  int staying_count() const;  // members that are not draining
+  std::optional<std::uint64_t> newest_saved() const;
+  std::vector<member*> planned();  // members of the newest plan that are still here, by rank
+  member* at_rank(int rank);
+
+  detection rules_;
+  job_record record_;
+  std::optional<generation_record> generation_;
+  std::uint64_t plan_hash_ = 0;
+  std::map<std::uint64_t, checkpoint_record> checkpoints_;
+  std::uint64_t next_event_ = 1;
+  std::uint64_t next_seq_ = 1;
+  std::uint64_t next_order_ = 1;
+  std::uint64_t next_request_ = 1;
+
+  phase phase_ = phase::none;
+  std::int64_t now_ms_ = 0, unix_ms_ = 0;
+  bool has_ticked_ = false;
+  std::int64_t phase_since_ms_ = 0;
+  std::uint64_t number_ = 0;  // being prepared, or of the newest plan
+  std::string reason_;        // of the generation being prepared
+  bool is_recovery_ = false;
+  std::set<worker_id> sought_;       // of the former generation, silent now, not known dead
+  int former_count_ = 0;             // members of the last generation that ran
+  std::int64_t short_since_ms_ = 0;  // too few workers since
+  bool is_short_noted_ = false;
+  std::uint64_t reported_step_ = 0;  // newest that anyone reported
+  std::optional<commit> commit_;     // of the newest plan, to send again
+  std::map<worker_id, member> members_;
+  std::map<worker_id, std::string> refused_;  // by us, for this job: why
+  std::optional<checkpoint_facts> source_;    // found, to be committed
+  bool has_looked_ = false;                   // find_checkpoint was answered for this number
+  std::uint64_t request_ = 0;
+  std::uint64_t step_max_ = ~0ull;  // newer checkpoints did not load as their manifest says
+  std::map<std::uint64_t, pending_save> saves_;
+  std::map<std::uint64_t, std::uint64_t> chains_;  // of the newest steps
+  std::vector<std::int64_t> failure_ms_;
+  int fruitless_count_ = 0;  // generations in a row that did not make a step
+  std::int64_t back_off_until_ms_ = 0;
+  std::int64_t change_since_ms_ = 0;  // a voluntary change is wanted since
+  std::set<order_kind> given_;        // orders given in this hold
+  bool is_hold_unforced_ = false;     // adopted in held phase: nobody remembers why
+  std::uint64_t hold_step_ = 0;
+  std::int64_t finished_ms_ = 0;
+  std::int64_t cancel_since_ms_ = 0;
+  std::int64_t loss_ms_ = 0;  // when the loss was detected that is being recovered
+  std::int64_t last_recovery_ms_ = 0;
+  step_report newest_report_;
+  std::optional<evaluated> newest_evaluation_;
+  std::uint64_t redone_steps_ = 0, divergences_ = 0, stale_messages_ = 0;
+  std::vector<action> out_;
+};
+
+}  // namespace stagecoach
