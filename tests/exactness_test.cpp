@@ -1,0 +1,98 @@
+// The promise in one process: whatever the layout, schedule and thread count, the same bits (DESIGN
+// 4).
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <fstream>
+
+#include "kernels/backend.hpp"
+#include "tests/training_run.hpp"
+
+using namespace stagecoach;
+using namespace stagecoach::testing;
+
+namespace {
+
+const run_outcome& alone() {
+  static const run_outcome outcome = [] {
+    const job_spec spec = small_job();
+    return run_in_process(spec, make_layout(spec, 1, 1, "1f1b"), 1);
+  }();
+  return outcome;
+}
+
+void check_same(int stages, int replicas, const std::string& schedule, int threads) {
+  const job_spec spec = small_job();
+  const run_outcome got =
+      run_in_process(spec, make_layout(spec, stages, replicas, schedule), threads);
+  CAPTURE(stages);
+  CAPTURE(replicas);
+  CAPTURE(schedule);
+  CAPTURE(threads);
+  CHECK(got.weights_hash == alone().weights_hash);
+  CHECK(got.state_hash == alone().state_hash);
+  CHECK(got.chain == alone().chain);
+  CHECK(got.losses == alone().losses);
+}
+
+}  // namespace
+
+TEST_CASE("the loss falls") {
+  const auto& losses = alone().losses;
+  CHECK(losses.front() > 5.0);  // ln 256 = 5.55 for an untrained model on bytes
+  CHECK(losses.back() < losses.front() - 0.5);
+}
+
+TEST_CASE("another seed gives another hash") {
+  job_spec spec = small_job();
+  spec.model.init_seed = 99;
+  CHECK(run_in_process(spec, make_layout(spec, 1, 1, "1f1b"), 1).weights_hash !=
+        alone().weights_hash);
+}
+
+TEST_CASE("one worker with 1, 2, 3 and 8 threads ends with the same bits") {
+  for (int threads : {2, 3, 8}) check_same(1, 1, "1f1b", threads);
+}
+
+TEST_CASE("two stages end with the same bits as one") {
+  check_same(2, 1, "1f1b", 1);
+  check_same(2, 1, "gpipe", 1);
+}
+
+TEST_CASE("two replicas end with the same bits as one") { check_same(1, 2, "1f1b", 1); }
+
+TEST_CASE("every layout up to 4 stages x 4 replicas, both schedules, the same bits") {
+  for (int stages = 1; stages <= 4; ++stages)
+    for (int replicas = 1; replicas <= 4; ++replicas)
+      check_same(stages, replicas, (stages + replicas) % 2 == 0 ? "gpipe" : "1f1b",
+                 1 + replicas % 2);
+}
+
+TEST_CASE("six stages, eight replicas and uneven leaves, the same bits") {
+  check_same(6, 1, "1f1b", 1);
+  check_same(1, 8, "gpipe", 1);
+  check_same(1, 5, "1f1b", 1);
+  check_same(2, 7, "1f1b", 1);
+}
+
+TEST_CASE("several microbatches per leaf and several sequences per microbatch, the same bits") {
+  job_spec spec = small_job();
+  spec.batch = {32, 2, 48, 4};
+  spec.stop_steps = 4;
+  const auto one = run_in_process(spec, make_layout(spec, 1, 1, "1f1b"), 1);
+  for (auto [stages, replicas] : {std::pair{2, 1}, {1, 3}, {3, 2}, {2, 4}})
+    CHECK(run_in_process(spec, make_layout(spec, stages, replicas, "1f1b"), 2).state_hash ==
+          one.state_hash);
+}
+
+TEST_CASE("4,096 tokens per microbatch, the same bits for 1, 2, 3 and 8 threads") {
+  job_spec spec = small_job();
+  spec.model.context = 256;
+  spec.batch = {32, 16, 256, 2};
+  spec.stop_steps = 1;
+  spec.model.n_layer = 1;
+  const auto one = run_in_process(spec, make_layout(spec, 1, 1, "1f1b"), 1);
+  for (int threads : {2, 3, 8})
+    CHECK(run_in_process(spec, make_layout(spec, 1, 1, "1f1b"), threads).state_hash ==
+          one.state_hash);
+}

@@ -1,0 +1,121 @@
+#include "tests/training_run.hpp"
+
+#include <fmt/format.h>
+
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+
+#include "model/stage.hpp"
+#include "worker/step_runner.hpp"
+
+namespace stagecoach::testing {
+namespace {
+
+// Text-like bytes from a fixed rule: words of a small vocabulary, so that a model can learn
+// something.
+std::vector<std::int32_t> synthetic_text(std::int64_t count) {
+  static const char* words[] = {"stage ", "coach ", "the ",   "wheel ", "turns ", "and ",
+                                "road ",  "is ",    "long. ", "train ", "on\n"};
+  std::vector<std::int32_t> out;
+  std::uint64_t x = 88172645463325252ull;
+  while (static_cast<std::int64_t>(out.size()) < count) {
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^= x << 17;
+    for (const char* p = words[x % std::size(words)]; *p != 0; ++p)
+      out.push_back(static_cast<unsigned char>(*p));
+  }
+  out.resize(static_cast<std::size_t>(count));
+  return out;
+}
+
+token_reader reader_of(const std::vector<std::int32_t>& text) {
+  return {static_cast<std::int64_t>(text.size()),
+          [&text](std::int64_t begin, std::int64_t count, std::int32_t* out) {
+            std::copy_n(text.begin() + begin, count, out);
+          }};
+}
+
+}  // namespace
+
+job_spec small_job() {
+  job_spec spec;
+  spec.name = "small";
+  spec.model = {"tiny", 4, 64, 4, 256, 256, 64, "random", 1234, 0.02};
+  spec.data.tokenizer = "bytes";
+  spec.batch = {16, 1, 64, 8};
+  spec.optimizer.lr = 1e-3;
+  spec.schedule.warmup_steps = 4;
+  spec.stop_steps = 12;
+  return spec;
+}
+
+layout make_layout(const job_spec& spec, int stages, int replicas, const std::string& schedule) {
+  layout shape;
+  shape.stage_count = stages;
+  shape.replica_count = replicas;
+  shape.schedule = schedule;
+  shape.unit_cuts = partition_units(spec, stages);
+  shape.leaf_cuts = partition_leaves(spec.batch.leaf_count, replicas);
+  return shape;
+}
+
+run_outcome run_in_process(const job_spec& spec, const layout& shape, int threads,
+                           const std::string& backend_name) {
+  plan p;
+  p.job = static_cast<job_id>(1);
+  p.generation = 1;
+  p.shape = shape;
+  for (int r = 0; r < shape.worker_count(); ++r)
+    p.members.push_back(
+        {static_cast<worker_id>(r + 1), fmt::format("{:032x}", r), fmt::format("w{}", r), "", 0});
+  const auto text = synthetic_text(20'000);
+  auto links = make_memory_links(shape.worker_count());
+
+  run_outcome outcome;
+  tensor_hash weights, state;
+  std::mutex mutex;
+  std::string problem;
+  std::vector<std::thread> workers;
+  for (int rank = 0; rank < shape.worker_count(); ++rank) {
+    workers.emplace_back([&, rank] {
+      auto device =
+          backend_name == "reference" ? make_reference_backend() : make_cpu_backend(threads);
+      const int s = p.stage_of(rank);
+      stage model(spec.model, spec.batch, shape.unit_cuts[s], shape.unit_cuts[s + 1],
+                  *step_runner::slots(spec, p, rank), *device);
+      model.initialise_parameters();
+      step_runner runner(spec, p, rank, model, *links[rank], *device, reader_of(text),
+                         reader_of(text));
+      std::uint64_t chain = 0;
+      for (std::int64_t step = 1; step <= spec.stop_steps; ++step) {
+        auto vote = runner.compute(static_cast<std::uint64_t>(step), chain, {});
+        if (!vote) {
+          std::lock_guard lock(mutex);
+          problem = vote.err().message;
+          for (auto& l : links) l->cancel();
+          return;
+        }
+        runner.apply(*vote);
+        chain = vote->chain;
+        if (rank == 0) {
+          std::lock_guard lock(mutex);
+          outcome.losses.push_back(vote->loss.get());
+          outcome.chain = chain;
+        }
+      }
+      std::lock_guard lock(mutex);
+      if (p.replica_of(rank) != 0) return;
+      weights += model.weights_hash(model.has_embedding());
+      state += model.state_hash(model.has_embedding());
+    });
+  }
+  for (auto& w : workers) w.join();
+  if (!problem.empty()) throw std::runtime_error(problem);
+  outcome.weights_hash = to_string(weights);
+  outcome.state_hash = to_string(state);
+  return outcome;
+}
+
+}  // namespace stagecoach::testing

@@ -1,0 +1,34 @@
+// A whole training run in one process: one thread per worker of a layout, memory links between
+// them.
+//
+// What tests compare: the weights' hash after the last step, whatever the layout, schedule and
+// threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "config/job_spec.hpp"
+#include "model/plan.hpp"
+
+namespace stagecoach::testing {
+
+struct run_outcome {
+  std::string weights_hash;  // of the whole model, after the last step
+  std::string state_hash;
+  std::vector<double> losses;  // per step
+  std::uint64_t chain = 0;
+};
+
+/// A small job on a synthetic text that needs no file: 4 blocks of 64 channels unless changed.
+job_spec small_job();
+
+/// Runs spec.stop_steps steps. threads: of each worker's backend; backend_name: "cpu" or
+/// "reference".
+run_outcome run_in_process(const job_spec& spec, const layout& shape, int threads,
+                           const std::string& backend_name = "cpu");
+
+/// A layout with the partition functions of model/plan.hpp.
+layout make_layout(const job_spec& spec, int stages, int replicas, const std::string& schedule);
+
+}  // namespace stagecoach::testing

@@ -1,0 +1,452 @@
+#include "worker/step_runner.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <tuple>
+
+#include "model/data_order.hpp"
+#include "model/leaf_tree.hpp"
+#include "worker/vote.hpp"
+
+namespace stagecoach {
+namespace {
+
+using clock = std::chrono::steady_clock;
+
+class stopwatch {
+ public:
+  explicit stopwatch(std::int64_t& total) : total_(total), begin_(clock::now()) {}
+  ~stopwatch() {
+    total_ += std::chrono::duration_cast<std::chrono::microseconds>(clock::now() - begin_).count();
+  }
+
+ private:
+  std::int64_t& total_;
+  clock::time_point begin_;
+};
+
+std::span<const std::byte> bytes_of(const float* p, std::int64_t count) {
+  return {reinterpret_cast<const std::byte*>(p), static_cast<std::size_t>(count) * sizeof(float)};
+}
+std::span<std::byte> writable(float* p, std::int64_t count) {
+  return {reinterpret_cast<std::byte*>(p), static_cast<std::size_t>(count) * sizeof(float)};
+}
+
+constexpr std::uint64_t evaluation_number = 1ull << 40;  // keeps its frames apart from a step's
+constexpr std::size_t ballot_bytes_max = 16 << 20;
+
+// Range k of a flat gradient buffer among n owners; borders on multiples of 16 floats (64 bytes).
+std::pair<std::int64_t, std::int64_t> range_of(std::int64_t count, int k, int n) {
+  const std::int64_t units = (count + 15) / 16;
+  const auto border = [&](int i) { return std::min(count, units * i / n * 16); };
+  return {border(k), border(k + 1)};
+}
+
+const gradient_slot* find_slot(const stage& s, const std::string& name) {
+  for (const gradient_slot& slot : s.gradient_layout())
+    if (slot.name == name) return &slot;
+  return nullptr;
+}
+
+}  // namespace
+
+result<int> step_runner::slots(const job_spec& spec, const plan& shape, int rank) {
+  const int replica = shape.replica_of(rank);
+  const std::int64_t per_leaf = spec.batch.microbatch_count() / spec.batch.leaf_count;
+  const int microbatches = static_cast<int>(
+      per_leaf * (shape.shape.leaf_cuts[replica + 1] - shape.shape.leaf_cuts[replica]));
+  auto table = make_schedule(shape.shape.schedule, shape.shape.stage_count, microbatches);
+  if (!table) return table.err();
+  auto facts = check_schedule(*table, microbatches);
+  if (!facts) return facts.err();
+  return std::max(1, facts->live_microbatches_max[shape.stage_of(rank)]);
+}
+
+step_runner::step_runner(const job_spec& spec, const plan& shape, int rank, stage& model,
+                         link_set& links, backend& device, token_reader train, token_reader valid)
+    : spec_(spec),
+      plan_(shape),
+      rank_(rank),
+      stage_index_(shape.stage_of(rank)),
+      replica_(shape.replica_of(rank)),
+      stage_(model),
+      links_(links),
+      device_(device),
+      train_(std::move(train)),
+      valid_(std::move(valid)) {
+  leaf_first_ = shape.shape.leaf_cuts[replica_];
+  leaf_last_ = shape.shape.leaf_cuts[replica_ + 1];
+  per_leaf_ = spec.batch.microbatch_count() / spec.batch.leaf_count;
+  microbatches_ = static_cast<int>(per_leaf_ * (leaf_last_ - leaf_first_));
+  auto table = make_schedule(shape.shape.schedule, shape.shape.stage_count, microbatches_);
+  invariant(table.has_value(), "a committed plan has a valid schedule");
+  table_ = std::move((*table)[stage_index_]);
+  auto live = slots(spec, shape, rank);
+  invariant(live.has_value(), "a committed plan has a valid schedule");
+  slot_count_ = *live;
+
+  const std::size_t rows =
+      static_cast<std::size_t>(spec.batch.micro_sequences * spec.batch.sequence_tokens);
+  tokens_.resize(rows * slot_count_);
+  targets_.resize(rows * slot_count_);
+  samples_.resize(spec.batch.sequence_tokens + 1);
+  const std::size_t boundary = static_cast<std::size_t>(stage_.boundary_count());
+  if (stage_index_ > 0) input_.resize(boundary * slot_count_);
+  if (stage_index_ > 0) gradient_out_.resize(boundary);
+  if (stage_index_ + 1 < shape.shape.stage_count) {
+    output_.resize(boundary);
+    gradient_in_.resize(boundary);
+  }
+  losses_.resize(microbatches_);
+}
+
+step_runner::~step_runner() {
+  for (float* p : owned_) device_.release(p);
+}
+
+std::int64_t step_runner::allocated_bytes() const {
+  return static_cast<std::int64_t>(owned_.size()) * stage_.gradient_count() * 4 +
+         static_cast<std::int64_t>(input_.size() + output_.size() + gradient_in_.size() +
+                                   gradient_out_.size()) *
+             4;
+}
+
+float* step_runner::take_buffer() {
+  if (free_.empty()) {
+    owned_.push_back(device_.allocate(stage_.gradient_count()));
+    return owned_.back();
+  }
+  float* p = free_.back();
+  free_.pop_back();
+  return p;
+}
+
+void step_runner::load_samples(std::uint64_t step, int microbatch) {
+  const auto& batch = spec_.batch;
+  const int slot = microbatch % slot_count_;
+  const std::int64_t rows = batch.micro_sequences * batch.sequence_tokens;
+  const std::int64_t global = leaf_first_ * per_leaf_ + microbatch;
+  for (std::int64_t b = 0; b < batch.micro_sequences; ++b) {
+    // Steps count from 1, positions from 0.
+    const std::int64_t position = static_cast<std::int64_t>(step - 1) * batch.global_sequences +
+                                  global * batch.micro_sequences + b;
+    train_.read(
+        sample_begin(position, train_.token_count, batch.sequence_tokens, spec_.data.shuffle_seed),
+        batch.sequence_tokens + 1, samples_.data());
+    const std::int64_t at = slot * rows + b * batch.sequence_tokens;
+    std::copy_n(samples_.data(), batch.sequence_tokens, tokens_.data() + at);
+    std::copy_n(samples_.data() + 1, batch.sequence_tokens, targets_.data() + at);
+  }
+}
+
+result<void> step_runner::forward(const instruction& what) {
+  const int slot = what.microbatch % slot_count_;
+  const std::int64_t rows = spec_.batch.micro_sequences * spec_.batch.sequence_tokens;
+  if (stage_.has_embedding() || stage_.has_head()) load_samples(step_, what.microbatch);
+  const float* in = stage_index_ > 0 ? input_.data() + stage_.boundary_count() * slot : nullptr;
+  float* out = output_.empty() ? nullptr : output_.data();
+  stopwatch watch(times_.forward_us);
+  losses_[what.microbatch] =
+      stage_.forward(slot, in, tokens_.data() + slot * rows, targets_.data() + slot * rows, out);
+  return ok();
+}
+
+result<void> step_runner::backward_input(const instruction& what) {
+  stopwatch watch(times_.backward_input_us);
+  const double tokens = static_cast<double>(spec_.batch.global_sequences) *
+                        static_cast<double>(spec_.batch.sequence_tokens);
+  stage_.backward_input(
+      what.microbatch % slot_count_, gradient_in_.empty() ? nullptr : gradient_in_.data(),
+      gradient_out_.empty() ? nullptr : gradient_out_.data(), static_cast<float>(1.0 / tokens));
+  return ok();
+}
+
+void step_runner::backward_weight(const instruction& what) {
+  stopwatch watch(times_.backward_weight_us);
+  const bool is_first = what.microbatch % per_leaf_ == 0;
+  const bool is_last = what.microbatch % per_leaf_ == per_leaf_ - 1;
+  if (is_first) accumulating_ = take_buffer();
+  stage_.backward_weight(what.microbatch % slot_count_, accumulating_, !is_first);
+  if (!is_last) return;
+  stack_.push_back(accumulating_);
+  accumulating_ = nullptr;
+  const std::int64_t leaf = leaf_first_ + what.microbatch / per_leaf_;
+  for (int i = merges_after_leaf(leaf_first_, leaf_last_, leaf); i > 0; --i) {
+    float* right = stack_.back();
+    stack_.pop_back();
+    device_.add(stack_.back(), stack_.back(), right, stage_.gradient_count());
+    free_.push_back(right);
+  }
+}
+
+result<vote_result> step_runner::compute(std::uint64_t step, std::uint64_t chain,
+                                         const order_source& orders) {
+  times_ = {};
+  step_ = step;
+  pending_step_ = 0;
+  // What an earlier, cancelled try left behind is garbage.
+  for (float* p : stack_) free_.push_back(p);
+  stack_.clear();
+  if (accumulating_ != nullptr) free_.push_back(accumulating_);
+  accumulating_ = nullptr;
+
+  const int previous = rank_ - 1, next = rank_ + 1;
+  for (const instruction& what : table_) {
+    if (cancelled_.load(std::memory_order_relaxed))
+      return error{errc::cancelled, "the step was dropped"};
+    const auto number = static_cast<std::uint64_t>(what.microbatch);
+    const std::int64_t boundary = stage_.boundary_count();
+    result<void> done;
+    switch (what.what) {
+      case op::receive_activation: {
+        stopwatch watch(times_.wait_us);
+        done = links_.receive(
+            previous, {link_tag::activation, step, number},
+            writable(input_.data() + boundary * (what.microbatch % slot_count_), boundary));
+        break;
+      }
+      case op::forward:
+        done = forward(what);
+        break;
+      case op::send_activation:
+        done = links_.send(next, {link_tag::activation, step, number},
+                           bytes_of(output_.data(), boundary));
+        break;
+      case op::receive_gradient: {
+        stopwatch watch(times_.wait_us);
+        done = links_.receive(next, {link_tag::gradient, step, number},
+                              writable(gradient_in_.data(), boundary));
+        break;
+      }
+      case op::backward_input:
+        done = backward_input(what);
+        break;
+      case op::send_gradient:
+        done = links_.send(previous, {link_tag::gradient, step, number},
+                           bytes_of(gradient_out_.data(), boundary));
+        break;
+      case op::backward_weight:
+        backward_weight(what);
+        break;
+      case op::reduce:
+        done = reduce(step);
+        break;
+      case op::step:
+        break;
+    }
+    if (!done) return done.err();
+  }
+  return vote(step, chain, orders);
+}
+
+result<void> step_runner::reduce(std::uint64_t step) {
+  stopwatch watch(times_.reduce_us);
+  if (plan_.shape.replica_count > 1) {
+    if (auto done = reduce_replicas(step); !done) return done;
+  }
+  invariant(stack_.size() == 1, "the leaf tree ends in one root");
+  return tie_gradients(step);
+}
+
+result<void> step_runner::reduce_replicas(std::uint64_t step) {
+  const int replicas = plan_.shape.replica_count;
+  const std::int64_t count = stage_.gradient_count();
+  const auto peer = [&](int replica) { return plan_.rank_of(stage_index_, replica); };
+
+  for (int k = 0; k < replicas; ++k) {
+    if (k == replica_) continue;
+    const auto [begin, end] = range_of(count, k, replicas);
+    for (std::size_t i = 0; i < stack_.size(); ++i) {
+      const link_key key{link_tag::leaf_block, step, static_cast<std::uint64_t>(k) << 32 | i};
+      if (auto sent = links_.send(peer(k), key, bytes_of(stack_[i] + begin, end - begin)); !sent)
+        return sent;
+    }
+  }
+
+  // My range: everyone's blocks in leaf order, mine in place, the others' into scratch buffers.
+  const auto [begin, end] = range_of(count, replica_, replicas);
+  const std::int64_t mine = end - begin;
+  std::vector<tree_node> nodes;
+  std::vector<float*> values;
+  std::vector<float*> scratch;
+  // Several blocks fit one whole-stage buffer, since a range is a replicas-th part of it.
+  const std::int64_t per_buffer =
+      std::max<std::int64_t>(1, count / std::max<std::int64_t>(1, mine));
+  std::int64_t received = 0;
+  for (int r = 0; r < replicas; ++r) {
+    const auto blocks = maximal_blocks(plan_.shape.leaf_cuts[r], plan_.shape.leaf_cuts[r + 1]);
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      nodes.push_back(blocks[i]);
+      if (r == replica_) {
+        values.push_back(stack_[i] + begin);
+        continue;
+      }
+      const std::int64_t at = received++ % per_buffer;
+      if (at == 0) scratch.push_back(take_buffer());
+      float* into = scratch.back() + at * mine;
+      values.push_back(into);
+      const link_key key{link_tag::leaf_block, step,
+                         static_cast<std::uint64_t>(replica_) << 32 | i};
+      if (auto got = links_.receive(peer(r), key, writable(into, mine)); !got) {
+        for (float* p : scratch) free_.push_back(p);
+        return got;
+      }
+    }
+  }
+  for (const merge& m : merge_order(nodes, spec_.batch.leaf_count))
+    device_.add(values[m.into], values[m.into], values[m.from], mine);
+  float* root = take_buffer();
+  device_.copy(root + begin, values[0], mine);
+  for (float* p : scratch) free_.push_back(p);
+  for (float* p : stack_) free_.push_back(p);
+  stack_.assign(1, root);
+
+  for (int r = 0; r < replicas; ++r) {
+    if (r == replica_) continue;
+    const link_key key{link_tag::reduced_range, step, static_cast<std::uint64_t>(replica_)};
+    if (auto sent = links_.send(peer(r), key, bytes_of(root + begin, mine)); !sent) return sent;
+  }
+  for (int r = 0; r < replicas; ++r) {
+    if (r == replica_) continue;
+    const auto [first, last] = range_of(count, r, replicas);
+    const link_key key{link_tag::reduced_range, step, static_cast<std::uint64_t>(r)};
+    if (auto got = links_.receive(peer(r), key, writable(root + first, last - first)); !got)
+      return got;
+  }
+  return ok();
+}
+
+result<void> step_runner::tie_gradients(std::uint64_t step) {
+  const gradient_slot* embed = find_slot(stage_, "wte.weight@embed");
+  const gradient_slot* head = find_slot(stage_, "wte.weight@head");
+  if (embed == nullptr && head == nullptr) return ok();
+  float* root = stack_.front();
+  // One fixed order of the two terms, head + embed, whoever computes it.
+  if (embed != nullptr && head != nullptr) {
+    device_.add(root + head->offset, root + head->offset, root + embed->offset, head->count);
+    device_.copy(root + embed->offset, root + head->offset, head->count);
+    return ok();
+  }
+  const int last = plan_.shape.stage_count - 1;
+  const gradient_slot* have = embed != nullptr ? embed : head;
+  const int partner = plan_.rank_of(embed != nullptr ? last : 0, replica_);
+  const std::uint64_t mine = embed != nullptr ? 0 : 1;
+  if (auto sent = links_.send(partner, {link_tag::tied_gradient, step, mine},
+                              bytes_of(root + have->offset, have->count));
+      !sent)
+    return sent;
+  float* other = take_buffer();
+  auto got = links_.receive(partner, {link_tag::tied_gradient, step, 1 - mine},
+                            writable(other, have->count));
+  if (got) {
+    const float* first = embed != nullptr ? other : root + have->offset;   // head's term
+    const float* second = embed != nullptr ? root + have->offset : other;  // embed's term
+    device_.add(root + have->offset, first, second, have->count);
+  }
+  free_.push_back(other);
+  return got;
+}
+
+result<vote_result> step_runner::vote(std::uint64_t step, std::uint64_t chain,
+                                      const order_source& orders) {
+  stopwatch watch(times_.vote_us);
+  ballot mine;
+  mine.step = step;
+  mine.plan_hash = plan_hash(plan_);
+  mine.chain = chain;
+  mine.rank = rank_;
+  const float* root = stack_.front();
+  for (const gradient_slot& slot : stage_.gradient_layout()) {
+    // The tied matrix counts once: where the embedding is (both places hold the same sum).
+    if (slot.name == "wte.weight@head") continue;
+    mine.squares.emplace_back(static_cast<std::uint32_t>(slot.tensor_index),
+                              device_.sum_of_squares(root + slot.offset, slot.count));
+  }
+  if (stage_.has_head()) {
+    for (int i = 0; i < microbatches_; ++i)
+      mine.losses.emplace_back(static_cast<std::uint32_t>(leaf_first_ * per_leaf_ + i), losses_[i]);
+  }
+  pending_step_ = step;  // from here on somebody may count our vote and apply
+
+  if (rank_ != 0) {
+    if (auto sent = links_.send(0, {link_tag::vote, step, 0}, encode_ballot(mine)); !sent)
+      return sent.err();
+    auto bytes = links_.receive_any(0, {link_tag::vote_result, step, 0}, ballot_bytes_max);
+    if (!bytes) return bytes.err();
+    return decode_vote(*bytes);
+  }
+
+  std::vector<ballot> ballots{std::move(mine)};
+  for (int r = 1; r < static_cast<int>(plan_.members.size()); ++r) {
+    auto bytes = links_.receive_any(r, {link_tag::vote, step, 0}, ballot_bytes_max);
+    if (!bytes) return bytes.err();
+    auto theirs = decode_ballot(*bytes);
+    if (!theirs) return theirs.err();
+    ballots.push_back(std::move(*theirs));
+  }
+  auto counted = count_votes(spec_, ballots, all_tensors(spec_.model).size());
+  if (!counted) return counted;
+  if (orders) std::tie(counted->orders, counted->order_ids) = orders(step);
+  const auto bytes = encode_vote(*counted);
+  for (int r = 1; r < static_cast<int>(plan_.members.size()); ++r) {
+    // A failed send is the peer's loss, which its own link reports; those who got the result apply.
+    (void)links_.send(r, {link_tag::vote_result, step, 0}, bytes).has_value();
+  }
+  return counted;
+}
+
+void step_runner::apply(const vote_result& vote) {
+  invariant(has_pending(vote.step), "a vote is applied to its own reduced gradient");
+  stopwatch watch(times_.apply_us);
+  if (vote.finite) {
+    adamw_scalars scalars;
+    scalars.lr = static_cast<float>(vote.lr.get());
+    scalars.beta1 = static_cast<float>(spec_.optimizer.beta1);
+    scalars.beta2 = static_cast<float>(spec_.optimizer.beta2);
+    scalars.eps = static_cast<float>(spec_.optimizer.eps);
+    scalars.weight_decay = static_cast<float>(spec_.optimizer.weight_decay);
+    scalars.bias1 = static_cast<float>(vote.bias1.get());
+    scalars.bias2 = static_cast<float>(vote.bias2.get());
+    scalars.grad_scale = static_cast<float>(vote.grad_scale.get());
+    stage_.apply(stack_.front(), scalars);
+  }
+  pending_step_ = 0;
+}
+
+bool step_runner::takes_part_in_evaluation() const { return replica_ == 0; }
+bool step_runner::reports_evaluation() const { return replica_ == 0 && stage_.has_head(); }
+
+result<double> step_runner::evaluate(std::uint64_t step) {
+  const auto& batch = spec_.batch;
+  const std::int64_t rows = batch.micro_sequences * batch.sequence_tokens;
+  const std::int64_t boundary = stage_.boundary_count();
+  std::vector<double> sums;
+  for (std::int64_t i = 0; i < spec_.eval_batches; ++i) {
+    if (cancelled_.load()) return error{errc::cancelled, "the evaluation was dropped"};
+    const link_key key{link_tag::activation, step,
+                       evaluation_number + static_cast<std::uint64_t>(i)};
+    if (stage_index_ > 0) {
+      if (auto got = links_.receive(rank_ - 1, key, writable(input_.data(), boundary)); !got)
+        return got.err();
+    }
+    for (std::int64_t b = 0; b < batch.micro_sequences; ++b) {
+      const std::int64_t begin = validation_begin(i * batch.micro_sequences + b, valid_.token_count,
+                                                  batch.sequence_tokens);
+      valid_.read(begin, batch.sequence_tokens + 1, samples_.data());
+      std::copy_n(samples_.data(), batch.sequence_tokens,
+                  tokens_.data() + b * batch.sequence_tokens);
+      std::copy_n(samples_.data() + 1, batch.sequence_tokens,
+                  targets_.data() + b * batch.sequence_tokens);
+    }
+    sums.push_back(stage_.evaluate(stage_index_ > 0 ? input_.data() : nullptr, tokens_.data(),
+                                   targets_.data(), output_.empty() ? nullptr : output_.data()));
+    if (stage_index_ + 1 < plan_.shape.stage_count) {
+      if (auto sent = links_.send(rank_ + 1, key, bytes_of(output_.data(), boundary)); !sent)
+        return sent.err();
+    }
+  }
+  return tree_sum(sums) / static_cast<double>(rows * spec_.eval_batches);
+}
+
+}  // namespace stagecoach

@@ -1,0 +1,102 @@
+// One rank's part of a training step: schedule, exact reduction, vote, apply. And evaluation.
+//
+// Runs on the trainer's thread over a link_set, whatever is behind it; knows no coordinator, no
+// disk. A step is two calls: compute() ends with the vote's result and leaves the reduced gradient
+// in place; apply() is never interrupted. Until the next compute() begins, the gradient is kept, so
+// that a step whose vote was counted elsewhere can still be applied (roll forward).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "config/job_spec.hpp"
+#include "config/result.hpp"
+#include "coordinator/messages.hpp"
+#include "kernels/backend.hpp"
+#include "model/plan.hpp"
+#include "model/schedule.hpp"
+#include "model/stage.hpp"
+#include "worker/link.hpp"
+
+namespace stagecoach {
+
+/// Where samples come from: `read(begin, count, out)` gives tokens of one long sequence.
+struct token_reader {
+  std::int64_t token_count = 0;
+  std::function<void(std::int64_t begin, std::int64_t count, std::int32_t* out)> read;
+};
+
+/// Orders that rank 0 adds to the vote of a step: bits and the coordinator's ids.
+using order_source =
+    std::function<std::pair<std::uint64_t, std::vector<std::uint64_t>>(std::uint64_t step)>;
+
+struct step_times {
+  std::int64_t forward_us = 0, backward_input_us = 0, backward_weight_us = 0;
+  std::int64_t wait_us = 0, reduce_us = 0, vote_us = 0, apply_us = 0;
+};
+
+class step_runner {
+ public:
+  /// stage must hold the units of the plan's stage for this rank, with slots() slots at least.
+  step_runner(const job_spec& spec, const plan& shape, int rank, stage& model, link_set& links,
+              backend& device, token_reader train, token_reader valid);
+  ~step_runner();
+
+  /// Slots that the schedule needs on this rank's stage.
+  static result<int> slots(const job_spec& spec, const plan& shape, int rank);
+
+  /// Forward, backward, reduction and vote of `step`; the state stands at step - 1 with this chain.
+  /// Fails: cancelled (cancel() or the links'), unreachable (a link broke), conflict, corrupt.
+  result<vote_result> compute(std::uint64_t step, std::uint64_t chain, const order_source& orders);
+  /// Applies the vote to the state. has_pending() must hold for vote.step.
+  void apply(const vote_result& vote);
+  /// True while the reduced gradient of `step` is complete and not yet applied.
+  bool has_pending(std::uint64_t step) const { return pending_step_ == step && step != 0; }
+
+  /// Mean loss over spec.eval_batches microbatches of validation data, by replica 0; only its last
+  /// stage gets a value. Every rank of replica 0 must call it after the same step.
+  result<double> evaluate(std::uint64_t step);
+  bool takes_part_in_evaluation() const;
+  bool reports_evaluation() const;
+
+  /// From any thread: makes compute() and evaluate() return `cancelled` soon.
+  void cancel() { cancelled_.store(true); }
+  const step_times& times() const { return times_; }
+  std::int64_t allocated_bytes() const;
+
+ private:
+  float* take_buffer();
+  result<void> forward(const instruction& what);
+  result<void> backward_input(const instruction& what);
+  void backward_weight(const instruction& what);
+  result<void> reduce(std::uint64_t step);
+  result<void> reduce_replicas(std::uint64_t step);
+  result<void> tie_gradients(std::uint64_t step);
+  result<vote_result> vote(std::uint64_t step, std::uint64_t chain, const order_source& orders);
+  void load_samples(std::uint64_t step, int microbatch);
+
+  const job_spec& spec_;
+  const plan& plan_;
+  int rank_, stage_index_, replica_;
+  stage& stage_;
+  link_set& links_;
+  backend& device_;
+  token_reader train_, valid_;
+  std::vector<instruction> table_;
+  std::int64_t leaf_first_ = 0, leaf_last_ = 0, per_leaf_ = 1;
+  int microbatches_ = 0, slot_count_ = 1;
+
+  std::vector<float*> free_, stack_, owned_;
+  float* accumulating_ = nullptr;
+  std::vector<float> input_, output_, gradient_in_, gradient_out_;
+  std::vector<std::int32_t> tokens_, targets_, samples_;
+  std::vector<double> losses_;
+  std::uint64_t step_ = 0, pending_step_ = 0;
+  step_times times_;
+  std::atomic<bool> cancelled_{false};
+};
+
+}  // namespace stagecoach

@@ -1,0 +1,901 @@
+#include "worker/trainer.hpp"
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <thread>
+
+#include "config/log.hpp"
+#include "model/stage.hpp"
+#include "storage/dataset.hpp"
+#include "storage/huggingface.hpp"
+#include "storage/part.hpp"
+#include "worker/step_runner.hpp"
+
+namespace stagecoach {
+namespace {
+
+using namespace std::chrono_literals;
+using clock = std::chrono::steady_clock;
+
+std::int64_t unix_ms() {
+  return std::chrono::duration_cast<std::chrono::milliseconds>(
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
+}
+std::int64_t us_since(clock::time_point begin) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(clock::now() - begin).count();
+}
+
+// A frame's largest payload: a whole tensor's state, or a whole stage's gradient.
+std::size_t frame_bytes_max(const stage& s, const job_spec& spec) {
+  std::int64_t floats = std::max(s.gradient_count(), s.boundary_count());
+  for (const tensor_info& t : all_tensors(spec.model)) floats = std::max(floats, t.count());
+  return static_cast<std::size_t>(floats) * 4 + 4096;
+}
+
+struct memory_copy {
+  std::string name;
+  std::vector<std::int64_t> shape;
+  std::vector<float> values;
+};
+
+// What one save writes, copied out of the stage at the step's end: the stall is this copy alone.
+struct save_work {
+  part_saved report;
+  std::vector<memory_copy> tensors;
+  std::map<std::string, std::string> metadata;
+  std::filesystem::path folder;
+  std::string file;
+};
+
+struct command {
+  enum class kind { drop, load, run, resume, stop } what;
+  prepare p;
+  commit c;
+  std::string reason;
+  std::uint64_t job = 0, generation = 0;
+};
+
+// Which tensors a (stage, replica) saves: the stage's own tensors, cut among its replicas in order
+// by bytes.
+std::vector<tensor_info> tensors_to_save(const job_spec& spec, const plan& shape, int rank) {
+  const int s = shape.stage_of(rank), replica = shape.replica_of(rank);
+  const int first = shape.shape.unit_cuts[s], last = shape.shape.unit_cuts[s + 1];
+  std::vector<tensor_info> own;
+  std::int64_t total = 0;
+  for (tensor_info& t : stage_tensors(spec.model, first, last)) {
+    if (t.unit < first || t.unit >= last)
+      continue;  // the head's copy of wte is the embedding's to save
+    total += t.count();
+    own.push_back(std::move(t));
+  }
+  std::vector<tensor_info> mine;
+  std::int64_t before = 0;
+  for (tensor_info& t : own) {
+    const std::int64_t owner =
+        before * shape.shape.replica_count / std::max<std::int64_t>(1, total);
+    before += t.count();
+    if (owner == replica) mine.push_back(std::move(t));
+  }
+  return mine;
+}
+
+int count_parts(const job_spec& spec, const plan& shape) {
+  int parts = 0;
+  for (int rank = 0; rank < static_cast<int>(shape.members.size()); ++rank)
+    parts += tensors_to_save(spec, shape, rank).empty() ? 0 : 1;
+  return parts;
+}
+
+}  // namespace
+
+struct trainer::implementation {
+  implementation(trainer_options o, link_server& l) : options(std::move(o)), links(l) {
+    device = make_cpu_backend(options.threads, options.isa);
+    worker_thread = std::thread([this] { loop(); });
+    writer_thread = std::thread([this] { write_loop(); });
+  }
+
+  ~implementation() {
+    {
+      std::lock_guard lock(mutex);
+      ending = true;
+      interrupt_locked();
+    }
+    wake.notify_all();
+    worker_thread.join();
+    {
+      std::lock_guard lock(write_mutex);
+      write_ending = true;
+    }
+    write_wake.notify_all();
+    writer_thread.join();
+    runner.reset();
+    model.reset();
+  }
+
+  // ---- commands (any thread)
+  // -------------------------------------------------------------------------
+  void push(command c, bool interrupts) {
+    {
+      std::lock_guard lock(mutex);
+      commands.push_back(std::move(c));
+      if (interrupts) interrupt_locked();
+    }
+    wake.notify_all();
+  }
+
+  void interrupt_locked() {
+    interrupted = true;
+    if (current_links) current_links->cancel();
+    if (runner) runner->cancel();
+    if (loading_job != 0) links.abandon(static_cast<job_id>(loading_job));
+  }
+
+  // ---- the trainer's thread
+  // --------------------------------------------------------------------------
+  void loop() {
+    for (;;) {
+      command c;
+      {
+        std::unique_lock lock(mutex);
+        wake.wait(lock, [this] { return ending || !commands.empty(); });
+        if (ending) return;
+        c = std::move(commands.front());
+        commands.pop_front();
+        // What comes after the last interrupting command runs undisturbed.
+        interrupted = std::any_of(commands.begin(), commands.end(), [](const command& later) {
+          return later.what == command::kind::drop || later.what == command::kind::stop;
+        });
+      }
+      switch (c.what) {
+        case command::kind::drop:
+          on_drop(c.p);
+          break;
+        case command::kind::load:
+          on_load(std::move(c.c));
+          break;
+        case command::kind::run:
+        case command::kind::resume:
+          on_run(c.job, c.generation);
+          break;
+        case command::kind::stop:
+          on_stop(c.job);
+          break;
+      }
+    }
+  }
+
+  void on_drop(const prepare& p) {
+    flush_progress();
+    close_links();
+    prepared answer;
+    answer.job = p.job;
+    answer.number = p.number;
+    if (model && value(shape.job) == p.job && has_state) {
+      answer.has_state = true;
+      answer.step = state_step;
+      answer.chain = state_chain;
+      for (const tensor_info& t : model->tensors()) answer.tensors.push_back(t.name);
+      answer.last_vote = last_vote;
+      answer.has_pending = runner && runner->has_pending(state_step + 1);
+    }
+    set_phase(worker_phase::prepared, p.job, p.number, 0);
+    options.emit(answer);
+  }
+
+  void on_stop(std::uint64_t job) {
+    if (model && job != 0 && value(shape.job) != job) return;
+    flush_progress();
+    close_links();
+    forget_state();
+    set_phase(worker_phase::idle, 0, 0, 0);
+  }
+
+  void forget_state() {
+    drop_runner();
+    model.reset();
+    has_state = false;
+    state_step = state_chain = 0;
+    last_vote.reset();
+    train_source.reset();
+    valid_source.reset();
+  }
+
+  void drop_runner() {
+    std::unique_ptr<step_runner> old;
+    {
+      std::lock_guard lock(mutex);
+      old = std::move(runner);
+    }
+  }
+
+  void close_links() {
+    std::shared_ptr<link_set> old;
+    {
+      std::lock_guard lock(mutex);
+      old = std::move(current_links);
+      current_links.reset();
+    }
+    if (old) old->cancel();
+  }
+
+  bool is_interrupted() {
+    std::lock_guard lock(mutex);
+    return interrupted || ending;
+  }
+
+  // ---- load
+  // ------------------------------------------------------------------------------------------
+  void on_load(commit c) {
+    const auto began = clock::now();
+    const generation_id id = identity(c.shape);
+    set_phase(worker_phase::loading, value(c.shape.job), id.number, id.plan_hash);
+    auto done = load_generation(c);
+    if (!done) {
+      {
+        std::lock_guard lock(mutex);
+        loading_job = 0;
+      }
+      // Cancelled means that a newer PREPARE waits in the queue; it asks what we hold.
+      if (done.err().code == errc::cancelled) return;
+      failed f;
+      f.job = value(c.shape.job);
+      f.generation = id.number;
+      f.code = to_string(done.err().code);
+      f.message =
+          fmt::format("{} (worker {}, host {})", done.err().message, options.name, options.host);
+      f.is_fatal = done.err().code == errc::bad_spec;
+      set_phase(worker_phase::prepared, value(c.shape.job), id.number, 0);
+      options.emit(f);
+      return;
+    }
+    ready r;
+    r.job = value(shape.job);
+    r.generation = id.number;
+    r.plan_hash = id.plan_hash;
+    r.step = state_step;
+    r.weights_hash = to_string(model->weights_hash(model->has_embedding()));
+    set_phase(worker_phase::ready, r.job, r.generation, r.plan_hash);
+    log_memory(us_since(began));
+    save_first = save_at_start;
+    options.emit(r);
+  }
+
+  result<void> load_generation(commit& c) {
+    const std::string me = self_process;
+    int rank = -1;
+    for (std::size_t i = 0; i < c.shape.members.size(); ++i)
+      if (c.shape.members[i].process == me) rank = static_cast<int>(i);
+    if (rank < 0) return error{errc::conflict, "the plan has no place for this worker process"};
+
+    if (auto opened = open_data(c.spec); !opened) return opened;
+
+    const int s = c.shape.stage_of(rank);
+    const int first = c.shape.shape.unit_cuts[s], last = c.shape.shape.unit_cuts[s + 1];
+    auto slots = step_runner::slots(c.spec, c.shape, rank);
+    if (!slots) return slots.err();
+
+    // Roll forward before anything of the old generation goes: the gradient is in its runner.
+    if (c.source == source_kind::live && c.roll_forward && has_state &&
+        state_step + 1 == c.roll_forward->step && runner &&
+        runner->has_pending(c.roll_forward->step))
+      apply_vote(*c.roll_forward);
+
+    // Links are opened for every source: they are part of the generation.
+    std::unique_ptr<link_set> opened_links;
+    const bool alone = c.shape.members.size() == 1;
+    const bool same_stage = model && has_state && units_first == first && units_last == last &&
+                            slot_count == *slots && same_model(c.spec);
+    std::unique_ptr<stage> fresh;
+    if (!same_stage)
+      fresh = std::make_unique<stage>(c.spec.model, c.spec.batch, first, last, *slots, *device);
+    stage& target = same_stage ? *model : *fresh;
+
+    if (alone) {
+      opened_links = std::move(make_memory_links(1).front());
+    } else {
+      std::vector<link_peer> peers;
+      for (const plan_member& m : c.shape.members)
+        peers.push_back({m.name, m.link_host, m.link_port});
+      {
+        std::lock_guard lock(mutex);
+        if (interrupted || ending) return error{errc::cancelled, "dropped"};
+        loading_job = value(c.shape.job);
+      }
+      std::vector<std::uint64_t> workers;
+      for (const plan_member& m : c.shape.members) workers.push_back(value(m.worker));
+      const std::uint64_t job = value(c.shape.job), generation = c.shape.generation;
+      auto made =
+          links.open(c.shape.job, identity(c.shape), rank, peers, frame_bytes_max(target, c.spec),
+                     [this, job, generation, workers](int peer, peer_event what, std::string why) {
+                       peer_report report;
+                       report.job = job;
+                       report.generation = generation;
+                       report.peer = workers[static_cast<std::size_t>(peer)];
+                       report.what = what == peer_event::lost        ? "lost"
+                                     : what == peer_event::suspected ? "suspected"
+                                                                     : "recovered";
+                       report.why = std::move(why);
+                       options.emit(report);
+                     });
+      {
+        std::lock_guard lock(mutex);
+        loading_job = 0;
+      }
+      if (!made) return made.err();
+      opened_links = std::move(*made);
+    }
+    {
+      std::lock_guard lock(mutex);
+      current_links = std::move(opened_links);
+      if (interrupted || ending) return error{errc::cancelled, "dropped"};
+    }
+
+    if (c.source == source_kind::live) {
+      if (auto moved = transfer(c, rank, target, fresh != nullptr); !moved) return moved;
+    } else {
+      // From here on what this worker held is no longer a state of one step.
+      has_state = false;
+      auto loaded = c.source == source_kind::initial ? initialise(c.spec, target)
+                                                     : read_checkpoint(c, target);
+      if (!loaded) return loaded;
+      last_vote.reset();
+    }
+
+    drop_runner();
+    if (fresh) model = std::move(fresh);
+    spec = std::move(c.spec);
+    shape = std::move(c.shape);
+    my_rank = rank;
+    units_first = first;
+    units_last = last;
+    slot_count = *slots;
+    state_step = c.step;
+    state_chain = c.chain;
+    has_state = true;
+    checkpoint_folder = c.checkpoint_folder;
+    save_at_start = c.save_at_start;
+    token_reader train = reader_of(train_source), valid = reader_of(valid_source);
+    auto made = std::make_unique<step_runner>(spec, shape, my_rank, *model, *current_links, *device,
+                                              std::move(train), std::move(valid));
+    {
+      std::lock_guard lock(mutex);
+      runner = std::move(made);
+      orders.clear();
+      if (interrupted || ending) runner->cancel();
+    }
+    last_save_time = clock::now();
+    last_step_time = clock::now();
+    return ok();
+  }
+
+  bool same_model(const job_spec& other) const {
+    return spec.model == other.model && spec.batch == other.batch;
+  }
+
+  token_reader reader_of(const std::shared_ptr<const token_source>& source) {
+    token_reader reader;
+    if (!source) return reader;
+    reader.token_count = source->count();
+    reader.read = [this, source](std::int64_t begin, std::int64_t n, std::int32_t* out) {
+      if (auto got = source->read(begin, n, out); !got) {
+        // The file changed under us. Zeros would train on garbage: break the step instead.
+        std::memset(out, 0, static_cast<std::size_t>(n) * sizeof *out);
+        data_problem = got.err();
+      }
+    };
+    return reader;
+  }
+
+  result<void> open_data(const job_spec& wanted) {
+    if (train_source && spec.data == wanted.data &&
+        spec.model.vocab_size == wanted.model.vocab_size)
+      return ok();
+    auto opened = open_dataset(wanted.data, wanted.model.vocab_size);
+    if (!opened) return opened.err();
+    if (opened->train->count() <= wanted.batch.sequence_tokens)
+      return make_error(errc::bad_spec,
+                        "the training data has {} tokens; one sample needs {}. fix: more text or a "
+                        "smaller batch.sequence",
+                        opened->train->count(), wanted.batch.sequence_tokens + 1);
+    if (wanted.eval_every_steps > 0 &&
+        (!opened->valid || opened->valid->count() <= wanted.batch.sequence_tokens))
+      return make_error(errc::bad_spec,
+                        "the validation data has {} tokens; one sample needs {}. fix: a larger "
+                        "data.valid_fraction, or no eval",
+                        opened->valid ? opened->valid->count() : 0,
+                        wanted.batch.sequence_tokens + 1);
+    train_source = opened->train;
+    valid_source = opened->valid;
+    return ok();
+  }
+
+  result<void> transfer(const commit& c, int rank, stage& target, bool is_fresh) {
+    if (is_fresh && has_state && state_step == c.step) {
+      for (const tensor_info& t : target.tensors()) {
+        if (model->parameter(t.name) == nullptr) continue;
+        device->copy(target.parameter(t.name), model->parameter(t.name), t.count());
+        device->copy(target.moment1(t.name), model->moment1(t.name), t.count());
+        device->copy(target.moment2(t.name), model->moment2(t.name), t.count());
+      }
+    }
+    std::map<std::string, tensor_info> by_name;
+    for (tensor_info& t : all_tensors(c.spec.model)) by_name.emplace(t.name, t);
+    // All ranks walk the list in its order, so a sender that waits for room waits for a receiver
+    // that is at, or on its way to, the same entry.
+    for (const transfer_record& t : c.transfers) {
+      const auto found = by_name.find(t.tensor);
+      if (found == by_name.end())
+        return make_error(errc::bad_input, "transfer of unknown tensor {}", t.tensor);
+      const tensor_info& info = found->second;
+      for (std::uint64_t k = 0; k < 3; ++k) {
+        const link_key key{link_tag::state, c.step, static_cast<std::uint64_t>(info.index) * 4 + k};
+        if (t.from_rank == rank) {
+          const float* from = k == 0   ? model->parameter(t.tensor)
+                              : k == 1 ? model->moment1(t.tensor)
+                                       : model->moment2(t.tensor);
+          if (from == nullptr)
+            return make_error(errc::conflict, "asked to send {}, which this worker does not hold",
+                              t.tensor);
+          std::span<const std::byte> bytes(reinterpret_cast<const std::byte*>(from),
+                                           static_cast<std::size_t>(info.count()) * 4);
+          if (auto sent = current_links->send(t.to_rank, key, bytes); !sent) return sent;
+        } else if (t.to_rank == rank) {
+          float* into = k == 0   ? target.parameter(t.tensor)
+                        : k == 1 ? target.moment1(t.tensor)
+                                 : target.moment2(t.tensor);
+          if (into == nullptr)
+            return make_error(errc::conflict, "asked to take {}, which this stage does not have",
+                              t.tensor);
+          // What arrives replaces state of the same step (or of none): until all is here the
+          // holding is mixed.
+          if (!is_fresh) has_state = false;
+          std::span<std::byte> bytes(reinterpret_cast<std::byte*>(into),
+                                     static_cast<std::size_t>(info.count()) * 4);
+          if (auto got = current_links->receive(t.from_rank, key, bytes); !got) return got;
+        }
+      }
+    }
+    return ok();
+  }
+
+  result<void> initialise(const job_spec& wanted, stage& target) {
+    const std::string& init = wanted.model.init;
+    target.initialise_parameters();
+    for (const tensor_info& t : target.tensors()) {
+      std::memset(target.moment1(t.name), 0, static_cast<std::size_t>(t.count()) * 4);
+      std::memset(target.moment2(t.name), 0, static_cast<std::size_t>(t.count()) * 4);
+    }
+    if (init.rfind("hf:", 0) != 0) return ok();
+    auto folder = hf_folder::open(init.substr(3));
+    if (!folder) return folder.err();
+    for (const tensor_info& t : target.tensors()) {
+      if (auto got = folder->read(t.name, target.parameter(t.name)); !got) return got;
+    }
+    return ok();
+  }
+
+  result<void> read_checkpoint(const commit& c, stage& target) {
+    std::map<std::string, const part_record*> where;
+    for (const part_record& p : c.parts)
+      for (const std::string& t : p.tensors) where.emplace(t, &p);
+    std::map<std::string, part_file> open_parts;
+    for (const tensor_info& t : target.tensors()) {
+      if (is_interrupted()) return error{errc::cancelled, "dropped"};
+      const auto found = where.find(t.name);
+      if (found == where.end())
+        return make_error(errc::corrupt, "checkpoint of step {} has no tensor {}", c.step, t.name);
+      const part_record& p = *found->second;
+      auto at = open_parts.find(p.file);
+      if (at == open_parts.end()) {
+        auto opened = part_file::open(std::filesystem::path(p.folder) / p.file, p.root_hash);
+        if (!opened) return opened.err();
+        at = open_parts.emplace(p.file, std::move(*opened)).first;
+      }
+      for (auto [name, into] : {std::pair{t.name, target.parameter(t.name)},
+                                {"opt.m." + t.name, target.moment1(t.name)},
+                                {"opt.v." + t.name, target.moment2(t.name)}}) {
+        if (auto got = at->second.read(name, into, 0, t.count()); !got) return got;
+      }
+    }
+    return ok();
+  }
+
+  void log_memory(std::int64_t load_us) {
+    const stage_memory predicted =
+        predict_memory(spec, shape.shape, shape.stage_of(my_rank), shape.replica_of(my_rank));
+    log_line line;
+    line.job = value(shape.job);
+    line.unix_ms = unix_ms();
+    line.level = "info";
+    line.text = fmt::format(
+        "generation {}: {} runs stage {} of replica {} (units {}..{}), state of step {}; memory "
+        "predicted "
+        "{:.1f} MB, allocated {:.1f} MB; loaded in {:.1f} ms",
+        shape.generation, options.name, shape.stage_of(my_rank), shape.replica_of(my_rank),
+        units_first, units_last - 1, state_step, static_cast<double>(predicted.total()) / 1e6,
+        static_cast<double>(model->allocated_bytes() + runner->allocated_bytes()) / 1e6,
+        static_cast<double>(load_us) / 1e3);
+    options.emit(line);
+  }
+
+  // ---- run
+  // -------------------------------------------------------------------------------------------
+  void apply_vote(const vote_result& vote) {
+    runner->apply(vote);
+    state_step = vote.step;
+    state_chain = vote.chain;
+    last_vote = vote;
+    std::lock_guard lock(mutex);
+    shown.step = state_step;
+  }
+
+  void on_run(std::uint64_t job, std::uint64_t generation) {
+    if (!runner || !has_state || value(shape.job) != job || shape.generation != generation) return;
+    set_phase(worker_phase::running, job, generation, plan_hash(shape));
+    last_step_time = clock::now();
+    if (save_first) {
+      save_first = false;
+      start_save(false);
+    }
+    const auto last = static_cast<std::uint64_t>(spec.stop_steps);
+    while (state_step < last) {
+      if (is_interrupted()) return;
+      const std::uint64_t step = state_step + 1;
+      auto vote =
+          runner->compute(step, state_chain, [this](std::uint64_t s) { return take_orders(s); });
+      if (!vote || data_problem) return on_broken(vote ? *data_problem : vote.err());
+      apply_vote(*vote);
+      report_step(*vote);
+      if (vote->orders & order_bit(order_kind::evaluate)) {
+        if (!evaluate()) return;
+      }
+      const bool is_final = step == last;
+      if ((vote->orders & order_bit(order_kind::save)) || is_final) start_save(is_final);
+      if (vote->orders & (order_bit(order_kind::hold) | order_bit(order_kind::stop))) {
+        flush_progress();
+        set_phase(worker_phase::held, job, generation, plan_hash(shape));
+        held h;
+        h.job = job;
+        h.generation = generation;
+        h.step = state_step;
+        options.emit(h);
+        if (!is_final) return;
+      }
+    }
+    flush_progress();
+    log_peak();
+    set_phase(worker_phase::finished, job, generation, plan_hash(shape));
+    finished f;
+    f.job = job;
+    f.generation = generation;
+    f.step = state_step;
+    options.emit(f);
+  }
+
+  void on_broken(const error& why) {
+    flush_progress();
+    if (why.code == errc::cancelled) return;
+    const bool is_link = why.code == errc::unreachable;
+    log_event(is_link ? level::warn : level::error, "step_dropped",
+              {{"job", value(shape.job)}, {"step", state_step + 1}, {"reason", why.message}});
+    // A broken link is reported by the links themselves, with the peer's name; the next PREPARE
+    // follows.
+    if (is_link) return;
+    failed f;
+    f.job = value(shape.job);
+    f.generation = shape.generation;
+    f.code = to_string(why.code);
+    f.message = fmt::format("step {}: {} (worker {}, host {})", state_step + 1, why.message,
+                            options.name, options.host);
+    data_problem.reset();
+    options.emit(f);
+  }
+
+  // Rank 0 alone: which orders act after this step.
+  std::pair<std::uint64_t, std::vector<std::uint64_t>> take_orders(std::uint64_t step) {
+    std::uint64_t bits = 0;
+    std::vector<std::uint64_t> ids;
+    {
+      std::lock_guard lock(mutex);
+      for (const give_order& o : orders) {
+        bits |= order_bit(static_cast<order_kind>(o.kind));
+        ids.push_back(o.order);
+      }
+      orders.clear();
+    }
+    const auto s = static_cast<std::int64_t>(step);
+    if (spec.checkpoint.every_steps > 0 && s % spec.checkpoint.every_steps == 0)
+      bits |= order_bit(order_kind::save);
+    if (spec.checkpoint.every_ms > 0 && us_since(last_save_time) >= spec.checkpoint.every_ms * 1000)
+      bits |= order_bit(order_kind::save);
+    if (spec.eval_every_steps > 0 && (s % spec.eval_every_steps == 0 || s == spec.stop_steps))
+      bits |= order_bit(order_kind::evaluate);
+    if (bits & order_bit(order_kind::save)) last_save_time = clock::now();
+    return {bits, ids};
+  }
+
+  bool evaluate() {
+    if (!runner->takes_part_in_evaluation() || !valid_source) return true;
+    auto loss = runner->evaluate(state_step);
+    if (!loss) {
+      on_broken(loss.err());
+      return false;
+    }
+    if (runner->reports_evaluation()) {
+      evaluated e;
+      e.job = value(shape.job);
+      e.generation = shape.generation;
+      e.step = state_step;
+      e.loss = exact_double::of(*loss);
+      options.emit(e);
+    }
+    return true;
+  }
+
+  void report_step(const vote_result& vote) {
+    if (my_rank != 0) return;
+    step_report r;
+    r.step = vote.step;
+    r.loss = vote.loss;
+    r.norm = vote.norm;
+    r.lr = vote.lr;
+    r.skipped = !vote.finite;
+    r.chain = vote.chain;
+    r.step_us = us_since(last_step_time);
+    r.unix_ms = unix_ms();
+    last_step_time = clock::now();
+    unreported.push_back(r);
+    // Batched, so that a model with 1 ms steps does not spend them on messages.
+    if (us_since(last_report_time) >= 50'000) flush_progress();
+  }
+
+  void flush_progress() {
+    if (unreported.empty()) return;
+    progress p;
+    p.job = value(shape.job);
+    p.generation = shape.generation;
+    p.plan_hash = plan_hash(shape);
+    p.steps = std::move(unreported);
+    unreported.clear();
+    last_report_time = clock::now();
+    options.emit(p);
+  }
+
+  void log_peak() {
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    log_line line;
+    line.job = value(shape.job);
+    line.unix_ms = unix_ms();
+    line.level = "info";
+    line.text = fmt::format("{}: peak memory of the process {:.1f} MB", options.name,
+                            static_cast<double>(usage.ru_maxrss) / 1e3);
+    options.emit(line);
+  }
+
+  // ---- save
+  // ------------------------------------------------------------------------------------------
+  void start_save(bool is_final) {
+    const auto began = clock::now();
+    const auto mine = tensors_to_save(spec, shape, my_rank);
+    if (mine.empty()) return;
+    // One save in memory at a time: the next one waits for the disk, and says how long.
+    {
+      std::unique_lock lock(write_mutex);
+      write_wake.wait(lock, [this] { return !write_work || write_ending; });
+      give_up_saving = false;
+    }
+    auto work = std::make_unique<save_work>();
+    for (const tensor_info& t : mine) {
+      for (auto [name, from] : {std::pair{t.name, model->parameter(t.name)},
+                                {"opt.m." + t.name, model->moment1(t.name)},
+                                {"opt.v." + t.name, model->moment2(t.name)}}) {
+        memory_copy copy;
+        copy.name = name;
+        copy.shape = t.shape;
+        copy.values.assign(from, from + t.count());
+        work->tensors.push_back(std::move(copy));
+      }
+      work->report.part.tensors.push_back(t.name);
+    }
+    work->file = part_file_name(
+        {shape.generation, state_step, shape.stage_of(my_rank), shape.replica_of(my_rank)});
+    work->folder = checkpoint_folder;
+    work->metadata = {{"job", std::to_string(value(shape.job))},
+                      {"step", std::to_string(state_step)},
+                      {"generation", std::to_string(shape.generation)},
+                      {"plan_hash", fmt::format("{:016x}", plan_hash(shape))}};
+    work->report.job = value(shape.job);
+    work->report.generation = shape.generation;
+    work->report.plan_hash = plan_hash(shape);
+    work->report.step = state_step;
+    work->report.part_count = count_parts(spec, shape);
+    work->report.part.host = options.host;
+    if (last_vote) work->report.loss = last_vote->loss;
+    work->report.chain = state_chain;
+    work->report.is_final = is_final;
+    work->report.stall_us = us_since(began);
+    {
+      std::lock_guard lock(write_mutex);
+      write_work = std::move(work);
+    }
+    write_wake.notify_all();
+  }
+
+  void write_loop() {
+    for (;;) {
+      save_work* work = nullptr;
+      {
+        std::unique_lock lock(write_mutex);
+        write_wake.wait(lock, [this] { return write_ending || write_work; });
+        if (!write_work) return;
+        work = write_work.get();
+      }
+      write_one(*work);
+      {
+        std::lock_guard lock(write_mutex);
+        write_work.reset();
+        if (write_ending) return;
+      }
+      write_wake.notify_all();
+    }
+  }
+
+  void write_one(save_work& work) {
+    const auto began = clock::now();
+    std::vector<tensor_view> views;
+    tensor_hash weights, state;
+    for (const memory_copy& t : work.tensors) {
+      views.push_back({t.name, t.shape, t.values.data()});
+      const tensor_hash h =
+          hash_tensor(t.name, t.values.data(), static_cast<std::int64_t>(t.values.size()));
+      state += h;
+      if (t.name.rfind("opt.", 0) != 0) weights += h;
+    }
+    work.report.part.weights_hash = to_string(weights);
+    work.report.part.state_hash = to_string(state);
+    for (int attempt = 0;; ++attempt) {
+      auto written = write_part(work.folder, work.file, work.metadata, views);
+      work.report.write_us = us_since(began);
+      if (written) {
+        work.report.part.file = written->file;
+        work.report.part.folder = work.folder.string();
+        work.report.part.bytes = written->bytes;
+        work.report.part.root_hash = written->root_hash;
+        work.report.problem.clear();
+        options.emit(work.report);
+        return;
+      }
+      work.report.problem = fmt::format("{}: {}", options.host, written.err().message);
+      options.emit(work.report);
+      log_event(level::error, "part_not_saved",
+                {{"job", work.report.job},
+                 {"step", work.report.step},
+                 {"reason", written.err().message}});
+      // The last step's state exists nowhere else: keep trying until there is room again.
+      if (!work.report.is_final) return;
+      std::unique_lock lock(write_mutex);
+      if (write_wake.wait_for(lock, 2s, [this] { return write_ending || give_up_saving; })) return;
+    }
+  }
+
+  // ---- status
+  // ----------------------------------------------------------------------------------------
+  void set_phase(worker_phase phase, std::uint64_t job, std::uint64_t generation,
+                 std::uint64_t hash) {
+    std::lock_guard lock(mutex);
+    shown.phase = phase;
+    shown.job = job;
+    shown.generation = generation;
+    shown.plan_hash = hash;
+    shown.step = has_state ? state_step : 0;
+  }
+
+  trainer_options options;
+  link_server& links;
+  std::unique_ptr<backend> device;
+  std::string self_process;
+
+  mutable std::mutex mutex;  // guards the lines below
+  std::condition_variable wake;
+  std::deque<command> commands;
+  bool ending = false, interrupted = false;
+  std::uint64_t loading_job = 0;
+  std::shared_ptr<link_set> current_links;
+  std::unique_ptr<step_runner> runner;  // replaced by the trainer's thread only
+  std::vector<give_order> orders;
+  trainer::status shown;
+
+  // The trainer's thread alone:
+  std::unique_ptr<stage> model;
+  job_spec spec;
+  plan shape;
+  int my_rank = 0, units_first = 0, units_last = 0, slot_count = 0;
+  bool has_state = false, save_at_start = false, save_first = false;
+  std::uint64_t state_step = 0, state_chain = 0;
+  std::optional<vote_result> last_vote;
+  std::shared_ptr<const token_source> train_source, valid_source;
+  std::optional<error> data_problem;
+  std::string checkpoint_folder;
+  std::vector<step_report> unreported;
+  clock::time_point last_report_time{}, last_step_time{}, last_save_time{};
+
+  std::mutex write_mutex;  // guards the save in progress
+  std::condition_variable write_wake;
+  std::unique_ptr<save_work> write_work;
+  bool write_ending = false, give_up_saving = false;
+
+  std::thread worker_thread, writer_thread;
+};
+
+trainer::trainer(trainer_options options, link_server& links)
+    : self_(std::make_unique<implementation>(std::move(options), links)) {
+  self_->self_process = self_->options.process;
+}
+trainer::~trainer() = default;
+
+void trainer::drop(const prepare& p) {
+  command c{};
+  c.what = command::kind::drop;
+  c.p = p;
+  self_->push(std::move(c), true);
+}
+void trainer::load(const commit& order) {
+  command c{};
+  c.what = command::kind::load;
+  c.c = order;
+  self_->push(std::move(c), false);
+}
+void trainer::run(const run_stage& r) {
+  command c{};
+  c.what = command::kind::run;
+  c.job = r.job;
+  c.generation = r.generation;
+  self_->push(std::move(c), false);
+}
+void trainer::resume(const resume_stage& r) {
+  command c{};
+  c.what = command::kind::resume;
+  c.job = r.job;
+  c.generation = r.generation;
+  self_->push(std::move(c), false);
+}
+void trainer::order(const give_order& o) {
+  std::lock_guard lock(self_->mutex);
+  if (self_->shown.job == o.job && self_->shown.generation == o.generation)
+    self_->orders.push_back(o);
+}
+void trainer::durable(const checkpoint_durable&) {
+  // One save is in memory at a time and is freed when written; nothing waits for this word yet.
+}
+void trainer::stop(const stop_stage& s) {
+  command c{};
+  c.what = command::kind::stop;
+  c.job = s.job;
+  c.reason = s.reason;
+  {
+    std::lock_guard lock(self_->write_mutex);
+    self_->give_up_saving = true;
+  }
+  self_->write_wake.notify_all();
+  self_->push(std::move(c), true);
+}
+trainer::status trainer::now() const {
+  std::lock_guard lock(self_->mutex);
+  return self_->shown;
+}
+
+}  // namespace stagecoach

@@ -1,0 +1,44 @@
+// The step's vote: what each rank says, how rank 0 combines it, and the bytes that carry both.
+//
+// Pure. The combined result is a function of (job spec, step, the ranks' numbers) alone: sums walk
+// tensor index and microbatch index by the full binary tree, never rank (DESIGN 4 "Norms and
+// loss").
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "config/job_spec.hpp"
+#include "config/result.hpp"
+#include "coordinator/messages.hpp"
+
+namespace stagecoach {
+
+struct ballot {
+  std::uint64_t step = 0;
+  std::uint64_t plan_hash = 0;
+  std::uint64_t chain = 0;  // of the state before this step
+  int rank = 0;
+  std::vector<std::pair<std::uint32_t, double>> squares;  // tensor index, sum of squares
+  std::vector<std::pair<std::uint32_t, double>> losses;   // microbatch of the step, loss sum
+};
+
+std::vector<std::byte> encode_ballot(const ballot& b);
+result<ballot> decode_ballot(std::span<const std::byte> bytes);
+std::vector<std::byte> encode_vote(const vote_result& v);
+result<vote_result> decode_vote(std::span<const std::byte> bytes);
+
+/// All ranks' ballots, by rank, to the step's result. orders are filled in by the caller.
+/// Fails: conflict (a rank stands at another step, plan or chain: names it), corrupt (replicas
+/// disagree on a tensor's norm: names both ranks, a silent corruption on one of them), bad_input
+/// (something missing).
+result<vote_result> count_votes(const job_spec& spec, const std::vector<ballot>& ballots,
+                                std::size_t tensor_count);
+
+std::uint64_t next_chain(std::uint64_t chain, std::uint64_t step, double loss, double norm);
+
+}  // namespace stagecoach
