@@ -29,6 +29,8 @@ constexpr double sum_tolerance = 2e-6;  // sums of up to 4,096 terms
 std::vector<std::unique_ptr<backend>> all_backends() {
   std::vector<std::unique_ptr<backend>> backends;
   backends.push_back(make_reference_backend());
+  backends.push_back(make_cpu_backend(1));
+  backends.push_back(make_cpu_backend(3));
   return backends;
 }
 

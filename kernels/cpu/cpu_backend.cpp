@@ -1,0 +1,477 @@
+// The CPU: oneDNN for every matrix product, row kernels for the rest, cut into tasks for our own
+// threads.
+//
+// oneDNN is called with one thread on tiles that shape alone fixes; which thread runs a tile
+// changes no bit (DESIGN 4). Its plain sgemm was as fast as its packed matmul primitives at these
+// sizes (within 2 % over GPT-2's shapes at one thread), takes strides, and keeps no state per
+// shape, so nothing needs to know when weights change.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <dnnl.hpp>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "config/result.hpp"
+#include "kernels/backend.hpp"
+#include "kernels/cpu/instruction_set.hpp"
+#include "kernels/cpu/row_kernels.hpp"
+#include "kernels/cpu/thread_pool.hpp"
+#include "kernels/fixed_order.hpp"
+
+namespace stagecoach {
+namespace {
+
+using std::int64_t;
+
+constexpr int64_t element_chunk =
+    16384;  // 64 KiB per operand: three of them stay in a second-level cache
+constexpr int64_t row_chunk = 32;
+constexpr int64_t column_chunk = 64;  // of column sums: four cache lines of each row
+constexpr int64_t query_rows = 64;    // attention tile: less of the upper triangle than 128
+constexpr int64_t head_rows = 256;
+constexpr int64_t head_columns = 768;
+constexpr int64_t product_step = 48;       // columns of oneDNN's inner kernel
+constexpr int64_t tile_count_wanted = 16;  // keeps 8 threads busy
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+/// A grid of equal pieces (the last ones may be smaller) over a matrix.
+struct tile_grid {
+  int64_t rows, columns, tile_rows, tile_columns;
+  int64_t row_count() const { return divide_up(rows, tile_rows); }
+  int64_t column_count() const { return divide_up(columns, tile_columns); }
+  int64_t count() const { return row_count() * column_count(); }
+  index_range row_range(int64_t tile) const {
+    const int64_t begin = tile / column_count() * tile_rows;
+    return {begin, std::min(rows, begin + tile_rows)};
+  }
+  index_range column_range(int64_t tile) const {
+    const int64_t begin = tile % column_count() * tile_columns;
+    return {begin, std::min(columns, begin + tile_columns)};
+  }
+};
+
+/// Tiles of up to tile_rows rows; columns are cut only as far as the threads need it.
+tile_grid product_grid(int64_t rows, int64_t columns, int64_t tile_rows) {
+  const int64_t row_tiles = divide_up(rows, tile_rows);
+  const int64_t pieces = std::clamp<int64_t>(divide_up(tile_count_wanted, row_tiles), 1,
+                                             std::max<int64_t>(1, columns / 96));
+  const int64_t tile_columns = round_up(divide_up(columns, pieces), product_step);
+  return {rows, columns, tile_rows, std::min(columns, tile_columns)};
+}
+
+enum class operand { plain, transposed };
+
+/// c [m,n] = alpha * a * b, or += ; a is [m,k] and b is [k,n], stored so or transposed, row-major.
+void product(operand a_kind, operand b_kind, int64_t m, int64_t n, int64_t k, float alpha,
+             const float* a, int64_t lda, const float* b, int64_t ldb, bool accumulate, float* c,
+             int64_t ldc) {
+  const auto status =
+      dnnl::sgemm(a_kind == operand::plain ? 'N' : 'T', b_kind == operand::plain ? 'N' : 'T', m, n,
+                  k, alpha, a, lda, b, ldb, accumulate ? 1.0f : 0.0f, c, ldc);
+  invariant(status == dnnl::status::success, "oneDNN takes every product of valid sizes");
+}
+
+/// Scratch that grows and is kept.
+class scratch_buffer {
+ public:
+  scratch_buffer() = default;
+  scratch_buffer(scratch_buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), count_(other.count_) {}
+  ~scratch_buffer() { std::free(data_); }
+  float* of(int64_t count) {
+    if (count > count_) {
+      std::free(data_);
+      count_ = round_up(count, 16);
+      data_ = static_cast<float*>(
+          std::aligned_alloc(64, static_cast<std::size_t>(count_) * sizeof(float)));
+      if (data_ == nullptr) throw std::bad_alloc();
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t count_ = 0;
+};
+
+class cpu_backend final : public backend {
+ public:
+  cpu_backend(int threads, instruction_set set)
+      : set_(set),
+        rows_(set == instruction_set::avx512 ? row_kernels_avx512 : row_kernels_avx2),
+        pool_(threads),
+        lane_scratch_(threads) {}
+
+  std::string name() const override { return std::string("cpu:") + to_string(set_); }
+
+  // ---- linear
+  // ---------------------------------------------------------------------------------------
+
+  void linear_forward(float* y, const float* x, const float* w, const float* bias, int64_t m,
+                      int64_t k, int64_t n) override {
+    const tile_grid grid = product_grid(m, n, 128);
+    pool_.run(grid.count(), [&](int64_t tile, int) {
+      const index_range r = grid.row_range(tile), c = grid.column_range(tile);
+      float* out = y + r.begin * n + c.begin;
+      product(operand::plain, operand::plain, r.count(), c.count(), k, 1, x + r.begin * k, k,
+              w + c.begin, n, false, out, n);
+      if (bias != nullptr) rows_.add_bias(out, n, bias + c.begin, r.count(), c.count());
+    });
+  }
+
+  void linear_backward_input(float* dx, const float* dy, const float* w, int64_t m, int64_t k,
+                             int64_t n) override {
+    const tile_grid grid = product_grid(m, k, 256);
+    pool_.run(grid.count(), [&](int64_t tile, int) {
+      const index_range r = grid.row_range(tile), c = grid.column_range(tile);
+      product(operand::plain, operand::transposed, r.count(), c.count(), n, 1, dy + r.begin * n, n,
+              w + c.begin * n, n, false, dx + r.begin * k + c.begin, k);
+    });
+  }
+
+  void linear_backward_weight(float* dw, float* dbias, const float* x, const float* dy, int64_t m,
+                              int64_t k, int64_t n, bool accumulate) override {
+    const tile_grid grid = product_grid(k, n, 192);
+    const int64_t bias_tasks = dbias != nullptr ? divide_up(n, column_chunk) : 0;
+    pool_.run(grid.count() + bias_tasks, [&](int64_t task, int) {
+      if (task >= grid.count()) {
+        const int64_t begin = (task - grid.count()) * column_chunk;
+        rows_.column_sums(dbias + begin, dy + begin, n, m, std::min(column_chunk, n - begin),
+                          accumulate);
+        return;
+      }
+      const index_range r = grid.row_range(task), c = grid.column_range(task);
+      product(operand::transposed, operand::plain, r.count(), c.count(), m, 1, x + r.begin, k,
+              dy + c.begin, n, accumulate, dw + r.begin * n + c.begin, n);
+    });
+  }
+
+  // ---- layer normalisation, elements
+  // ------------------------------------------------------------------
+
+  void layernorm_forward(float* y, float* mean, float* rstd, const float* x, const float* gain,
+                         const float* bias, int64_t m, int64_t c) override {
+    each_chunk(m, row_chunk, [&](int64_t r, int64_t count) {
+      rows_.layernorm_forward(y + r * c, mean + r, rstd + r, x + r * c, gain, bias, count, c);
+    });
+  }
+
+  void layernorm_backward_input(float* dx, const float* residual, const float* dy, const float* x,
+                                const float* gain, const float* mean, const float* rstd, int64_t m,
+                                int64_t c) override {
+    each_chunk(m, row_chunk, [&](int64_t r, int64_t count) {
+      rows_.layernorm_backward_input(dx + r * c, residual != nullptr ? residual + r * c : nullptr,
+                                     dy + r * c, x + r * c, gain, mean + r, rstd + r, count, c);
+    });
+  }
+
+  void layernorm_backward_weight(float* dgain, float* dbias, const float* dy, const float* x,
+                                 const float* mean, const float* rstd, int64_t m, int64_t c,
+                                 bool accumulate) override {
+    each_chunk(c, column_chunk, [&](int64_t j, int64_t count) {
+      rows_.layernorm_backward_weight(dgain + j, dbias + j, dy + j, x + j, mean, rstd, c, m, count,
+                                      accumulate);
+    });
+  }
+
+  void gelu_forward(float* y, const float* x, int64_t count) override {
+    each_chunk(count, element_chunk,
+               [&](int64_t i, int64_t n) { rows_.gelu_forward(y + i, x + i, n); });
+  }
+  void gelu_backward(float* dx, const float* dy, const float* x, int64_t count) override {
+    each_chunk(count, element_chunk,
+               [&](int64_t i, int64_t n) { rows_.gelu_backward(dx + i, dy + i, x + i, n); });
+  }
+  void add(float* y, const float* a, const float* b, int64_t count) override {
+    each_chunk(count, element_chunk,
+               [&](int64_t i, int64_t n) { rows_.add(y + i, a + i, b + i, n); });
+  }
+
+  // ---- attention
+  // ------------------------------------------------------------------------------------
+
+  void attention_forward(float* out, float* lse, const float* qkv, attention_shape s) override {
+    const int64_t t = s.tokens, c = s.channels, d = c / s.n_head;
+    const int64_t ld = round_up(t, 16), tiles = divide_up(t, query_rows);
+    const float scale = 1 / std::sqrt(static_cast<float>(d));
+    reserve_lanes(query_rows * (ld + 1));
+    pool_.run(s.batch * s.n_head * tiles, [&](int64_t task, int lane) {
+      // Long tiles first, so that no thread is left alone with one at the end.
+      const int64_t tile = tiles - 1 - task / (s.batch * s.n_head),
+                    bh = task % (s.batch * s.n_head);
+      const int64_t b = bh / s.n_head, h = bh % s.n_head;
+      const int64_t first = tile * query_rows, rows = std::min(query_rows, t - first),
+                    keys = first + rows;
+      const float* q = qkv + (b * t + first) * 3 * c + h * d;
+      const float* k = qkv + b * t * 3 * c + c + h * d;
+      float* to = out + (b * t + first) * c + h * d;
+      float* scores = lane_scratch_[lane].of(0);
+      float* inverse = scores + query_rows * ld;
+      product(operand::plain, operand::transposed, rows, keys, d, scale, q, 3 * c, k, 3 * c, false,
+              scores, ld);
+      rows_.causal_softmax(scores, ld, rows, keys, first + 1, inverse, lse + bh * t + first);
+      product(operand::plain, operand::plain, rows, d, keys, 1, scores, ld, k + c, 3 * c, false, to,
+              c);
+      rows_.scale_rows(to, c, inverse, rows, d);
+    });
+  }
+
+  void attention_backward(float* dqkv, const float* dout, const float* qkv, const float* out,
+                          const float* lse, attention_shape s) override {
+    const int64_t t = s.tokens, c = s.channels, d = c / s.n_head;
+    const int64_t ld = round_up(t, 16), tiles = divide_up(t, query_rows);
+    const float scale = 1 / std::sqrt(static_cast<float>(d));
+    reserve_lanes(2 * query_rows * ld);
+    pool_.run(s.batch * s.n_head, [&](int64_t bh, int lane) {
+      const int64_t b = bh / s.n_head, h = bh % s.n_head;
+      const float* k = qkv + b * t * 3 * c + c + h * d;
+      float* dk = dqkv + b * t * 3 * c + c + h * d;
+      float* p = lane_scratch_[lane].of(0);
+      float* dp = p + query_rows * ld;
+      // The last tile sees every key, so it writes all of dk and dv; the others add.
+      for (int64_t tile = tiles - 1; tile >= 0; --tile) {
+        const bool is_first = tile == tiles - 1;
+        const int64_t first = tile * query_rows, rows = std::min(query_rows, t - first);
+        const int64_t keys = first + rows;
+        const float* q = qkv + (b * t + first) * 3 * c + h * d;
+        const float* from = dout + (b * t + first) * c + h * d;
+        product(operand::plain, operand::transposed, rows, keys, d, scale, q, 3 * c, k, 3 * c,
+                false, p, ld);
+        product(operand::plain, operand::transposed, rows, keys, d, 1, from, c, k + c, 3 * c, false,
+                dp, ld);
+        rows_.causal_softmax_backward(p, dp, ld, rows, keys, first + 1, lse + bh * t + first, from,
+                                      out + (b * t + first) * c + h * d, c, d, scale);
+        product(operand::plain, operand::plain, rows, d, keys, 1, dp, ld, k, 3 * c, false,
+                dqkv + (b * t + first) * 3 * c + h * d, 3 * c);
+        product(operand::transposed, operand::plain, keys, d, rows, 1, dp, ld, q, 3 * c, !is_first,
+                dk, 3 * c);
+        product(operand::transposed, operand::plain, keys, d, rows, 1, p, ld, from, c, !is_first,
+                dk + c, 3 * c);
+      }
+    });
+  }
+
+  // ---- embedding
+  // ------------------------------------------------------------------------------------
+
+  void embedding_forward(float* y, const std::int32_t* tokens, const float* wte, const float* wpe,
+                         int64_t batch, int64_t t, int64_t c) override {
+    each_chunk(batch * t, row_chunk, [&](int64_t begin, int64_t count) {
+      for (int64_t row = begin; row < begin + count; ++row)
+        rows_.add(y + row * c, wte + tokens[row] * c, wpe + row % t * c, c);
+    });
+  }
+
+  void embedding_backward(float* dwte, float* dwpe, const float* dy, const std::int32_t* tokens,
+                          int64_t batch, int64_t t, int64_t c, int64_t vocab, int64_t context_rows,
+                          bool accumulate) override {
+    if (!accumulate) {
+      zero(dwte, vocab * c);
+      zero(dwpe, context_rows * c);
+    }
+    // By columns: every element is then summed in row order by one task.
+    each_chunk(c, column_chunk, [&](int64_t j, int64_t count) {
+      for (int64_t row = 0; row < batch * t; ++row) {
+        const float* from = dy + row * c + j;
+        float *wide = dwte + tokens[row] * c + j, *place = dwpe + row % t * c + j;
+        rows_.add(wide, wide, from, count);
+        rows_.add(place, place, from, count);
+      }
+    });
+  }
+
+  // ---- head
+  // -----------------------------------------------------------------------------------------
+
+  double head_forward(float* logits, float* stats, const float* x, const float* wte,
+                      const std::int32_t* targets, head_shape s) override {
+    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab);
+    const int64_t piece_count = static_cast<int64_t>(pieces.size());
+    const int64_t row_tiles = divide_up(s.rows, head_rows);
+    float* max = head_scratch_.of(2 * piece_count * s.rows + s.rows);  // [piece, row], then sums
+    float* sum = max + piece_count * s.rows;
+    float* losses = sum + piece_count * s.rows;
+    pool_.run(piece_count * row_tiles, [&](int64_t task, int) {
+      const int64_t piece = task / row_tiles, first = task % row_tiles * head_rows;
+      const int64_t rows = std::min(head_rows, s.rows - first);
+      const index_range v = pieces[piece];
+      float* tile = logits + first * s.vocab + v.begin;
+      product(operand::plain, operand::transposed, rows, v.count(), s.channels, 1,
+              x + first * s.channels, s.channels, wte + v.begin * s.channels, s.channels, false,
+              tile, s.vocab);
+      rows_.softmax_stats(max + piece * s.rows + first, sum + piece * s.rows + first, tile, s.vocab,
+                          rows, v.count());
+    });
+    // Pieces merge to blocks and blocks to the row by the same formula and tree.
+    const int64_t blocks = head_block_count(s.vocab);
+    const int64_t per_block = piece_count / blocks;
+    std::vector<softmax_part> parts(per_block), block_parts(blocks);
+    for (int64_t row = 0; row < s.rows; ++row) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        for (int64_t i = 0; i < per_block; ++i) {
+          const int64_t at = (b * per_block + i) * s.rows + row;
+          parts[i] = {max[at], sum[at]};
+        }
+        block_parts[b] = merge_tree(parts.data(), per_block, merge_softmax);
+      }
+      const softmax_part whole = merge_tree(block_parts.data(), blocks, merge_softmax);
+      stats[row] = whole.max;
+      stats[s.rows + row] = whole.sum;
+      losses[row] = row_loss(whole, logits[row * s.vocab + targets[row]]);
+    }
+    sums_.resize(divide_up(s.rows, loss_block_rows));
+    return sum_losses(losses, s.rows, sums_.data());
+  }
+
+  void head_backward_input(float* dx, float* logits, const float* stats, const float* wte,
+                           const std::int32_t* targets, float scale, head_shape s) override {
+    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab);
+    const int64_t blocks = head_block_count(s.vocab);
+    const int64_t per_block = static_cast<int64_t>(pieces.size()) / blocks;
+    const tile_grid grid{s.rows, blocks, 128, 1};
+    const int64_t size = s.rows * s.channels;
+    float* factor = head_scratch_.of(s.rows + (blocks > 1 ? blocks * size : 0));
+    float* partial = blocks > 1 ? factor + s.rows : dx;  // [block, M, C]
+    for (int64_t row = 0; row < s.rows; ++row) factor[row] = scale / stats[s.rows + row];
+    pool_.run(grid.count(), [&](int64_t task, int) {
+      const index_range r = grid.row_range(task);
+      const int64_t block = grid.column_range(task).begin;
+      for (int64_t i = 0; i < per_block; ++i) {
+        const index_range v = pieces[block * per_block + i];
+        float* tile = logits + r.begin * s.vocab + v.begin;
+        rows_.softmax_gradient(tile, s.vocab, stats + r.begin, factor + r.begin, r.count(),
+                               v.count());
+        for (int64_t row = r.begin; row < r.end; ++row)
+          if (targets[row] >= v.begin && targets[row] < v.end)
+            logits[row * s.vocab + targets[row]] -= scale;
+        product(operand::plain, operand::plain, r.count(), s.channels, v.count(), 1, tile, s.vocab,
+                wte + v.begin * s.channels, s.channels, i != 0,
+                partial + block * size + r.begin * s.channels, s.channels);
+      }
+    });
+    if (blocks == 1) return;
+    each_chunk(size, element_chunk, [&](int64_t begin, int64_t count) {
+      // The full binary tree over blocks, a level at a time, in place of the partial gradients.
+      for (int64_t step = 1; step < blocks; step *= 2)
+        for (int64_t b = 0; b + step < blocks; b += 2 * step) {
+          float *left = partial + b * size + begin, *right = partial + (b + step) * size + begin;
+          rows_.add(2 * step == blocks ? dx + begin : left, left, right, count);
+        }
+    });
+  }
+
+  void head_backward_weight(float* dwte, const float* logits, const float* x, head_shape s,
+                            bool accumulate) override {
+    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab);
+    pool_.run(static_cast<int64_t>(pieces.size()), [&](int64_t piece, int) {
+      const index_range v = pieces[piece];
+      product(operand::transposed, operand::plain, v.count(), s.channels, s.rows, 1,
+              logits + v.begin, s.vocab, x, s.channels, accumulate, dwte + v.begin * s.channels,
+              s.channels);
+    });
+  }
+
+  void head_logits(float* logits, const float* x, const float* wte, head_shape s) override {
+    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab);
+    const int64_t row_tiles = divide_up(s.rows, head_rows);
+    pool_.run(static_cast<int64_t>(pieces.size()) * row_tiles, [&](int64_t task, int) {
+      const index_range v = pieces[task / row_tiles];
+      const int64_t first = task % row_tiles * head_rows;
+      product(operand::plain, operand::transposed, std::min(head_rows, s.rows - first), v.count(),
+              s.channels, 1, x + first * s.channels, s.channels, wte + v.begin * s.channels,
+              s.channels, false, logits + first * s.vocab + v.begin, s.vocab);
+    });
+  }
+
+  // ---- reductions, optimizer, memory
+  // ------------------------------------------------------------------
+
+  double sum_of_squares(const float* x, int64_t count) override {
+    const int64_t block_count = divide_up(count, square_block_elements);
+    sums_.resize(block_count);
+    const int64_t per_task = 16;
+    each_chunk(block_count, per_task, [&](int64_t first, int64_t blocks) {
+      for (int64_t b = first; b < first + blocks; ++b) {
+        const int64_t begin = b * square_block_elements;
+        sums_[b] = rows_.sum_of_squares(x + begin, std::min(square_block_elements, count - begin));
+      }
+    });
+    return sum_tree(sums_.data(), block_count);
+  }
+
+  void adamw(float* param, float* m, float* v, const float* grad, int64_t count,
+             const adamw_scalars& s) override {
+    const adamw_factors f{s.lr,           s.beta1, s.beta2, s.eps,
+                          s.weight_decay, s.bias1, s.bias2, s.grad_scale};
+    each_chunk(count, element_chunk,
+               [&](int64_t i, int64_t n) { rows_.adamw(param + i, m + i, v + i, grad + i, n, f); });
+  }
+
+  float* allocate(int64_t count) override {
+    invariant(count >= 0, "a tensor has no negative size");
+    const std::size_t bytes = std::max<std::size_t>(64, round_up(count, 16) * sizeof(float));
+    void* p = std::aligned_alloc(64, bytes);
+    if (p == nullptr) throw std::bad_alloc();
+    std::memset(p, 0, bytes);
+    return static_cast<float*>(p);
+  }
+  void release(float* p) override { std::free(p); }
+  void copy(float* to, const float* from, int64_t count) override {
+    std::memmove(to, from, static_cast<std::size_t>(count) * sizeof(float));
+  }
+
+ private:
+  template <class Body>
+  void each_chunk(int64_t count, int64_t chunk, const Body& body) {
+    pool_.run(divide_up(count, chunk),
+              [&](int64_t i, int) { body(i * chunk, std::min(chunk, count - i * chunk)); });
+  }
+
+  void zero(float* p, int64_t count) {
+    each_chunk(count, 16 * element_chunk, [&](int64_t i, int64_t n) {
+      std::memset(p + i, 0, static_cast<std::size_t>(n) * sizeof(float));
+    });
+  }
+
+  /// Every lane's scratch holds at least count floats; of(0) then returns it.
+  void reserve_lanes(int64_t count) {
+    for (scratch_buffer& scratch : lane_scratch_) scratch.of(count);
+  }
+
+  /// Each of the head's blocks cut into the same number of pieces of about head_columns.
+  static std::vector<index_range> vocabulary_pieces(int64_t vocab) {
+    const int64_t blocks = head_block_count(vocab);
+    const int64_t per_block = std::max<int64_t>(1, divide_up(vocab / blocks, head_columns));
+    std::vector<index_range> pieces;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const index_range block = block_of(vocab, b, blocks);
+      // Rounded down to whole vectors from the block's start; no piece is empty, for each has 16 or
+      // more.
+      const auto border = [&](int64_t i) {
+        return i == per_block ? block.end : block.begin + block.count() * i / per_block / 16 * 16;
+      };
+      for (int64_t i = 0; i < per_block; ++i) pieces.push_back({border(i), border(i + 1)});
+    }
+    return pieces;
+  }
+
+  instruction_set set_;
+  const row_kernels& rows_;
+  thread_pool pool_;
+  std::vector<scratch_buffer> lane_scratch_;
+  scratch_buffer head_scratch_;
+  std::vector<double> sums_;
+};
+
+}  // namespace
+
+std::unique_ptr<backend> make_cpu_backend(int threads, const std::string& isa) {
+  return std::make_unique<cpu_backend>(threads, settle_instruction_set(isa));
+}
+
+}  // namespace stagecoach
