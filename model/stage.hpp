@@ -70,6 +70,11 @@ class stage {
   double evaluate(const float* input, const std::int32_t* tokens, const std::int32_t* targets,
                   float* output);
 
+  /// Whole model only: logits [V] that row `row` of tokens [B*T] predicts for the token after it.
+  /// evaluate and logits borrow the buffers of a free slot; one must be free.
+  void logits(const std::int32_t* tokens, std::int64_t row, float* to);
+  const batch_spec& batch() const;
+
   // ---- optimizer -------------------------------------------------------------------------------------
   /// AdamW on every tensor. gradients: the flat buffer, fully reduced, in which the caller has put the
   /// final tied gradient (head + embed, in this order) into every wte slot that the stage has.
