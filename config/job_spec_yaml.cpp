@@ -1,0 +1,1529 @@
+#include "config/job_spec_yaml.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+#include <tuple>
+#include <utility>
+
+#include "config/leaves.hpp"
+#include "config/limits.hpp"
+#include "config/suggest.hpp"
+#include "config/units.hpp"
+#include "config/yaml_tree.hpp"
+
+namespace stagecoach {
+
+namespace {
+
+using shape = yaml_node::shape;
+
+constexpr std::size_t problem_count_max = 100;
+constexpr std::size_t path_bytes_max = 4096;  // PATH_MAX
+constexpr std::size_t data_file_count_max = 10'000;
+constexpr std::size_t label_count_max = 64;
+constexpr std::int64_t parameter_count_max = std::int64_t{1} << 50;
+constexpr std::int64_t global_sequences_max = std::int64_t{1} << 24;
+constexpr std::int64_t step_tokens_max = std::int64_t{1} << 40;
+constexpr std::int64_t micro_tokens_max =
+    4096;  // of `auto`: fills the matrix products, fits a cache
+constexpr std::int64_t duration_ms_max = std::int64_t{366} * 86'400'000;
+constexpr const char* not_now = "is not supported in this version";
+
+const char* shape_name(shape s) {
+  switch (s) {
+    case shape::empty:
+      return "nothing";
+    case shape::text:
+      return "a single value";
+    case shape::list:
+      return "a list";
+    case shape::map:
+      return "a map";
+  }
+  return "";
+}
+
+std::string dotted(const std::string& path, std::string_view key) {
+  return path.empty() ? std::string(key) : fmt::format("{}.{}", path, key);
+}
+
+/// "a, b or c"
+std::string any_of(const std::vector<std::string>& words) {
+  std::string out;
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    if (i > 0) out += i + 1 == words.size() ? " or " : ", ";
+    out += words[i];
+  }
+  return out;
+}
+
+/// The divisors of n nearest to `wanted`, at most three, in order. n is bounded by the caller.
+std::vector<std::string> nearest_divisors(std::int64_t n, std::int64_t wanted) {
+  std::vector<std::int64_t> divisors;
+  for (std::int64_t i = 1; i * i <= n; ++i) {
+    if (n % i != 0) continue;
+    divisors.push_back(i);
+    if (i != n / i) divisors.push_back(n / i);
+  }
+  std::sort(divisors.begin(), divisors.end(), [wanted](std::int64_t a, std::int64_t b) {
+    return std::pair(std::abs(a - wanted), a) < std::pair(std::abs(b - wanted), b);
+  });
+  divisors.resize(std::min<std::size_t>(divisors.size(), 3));
+  std::sort(divisors.begin(), divisors.end());
+  std::vector<std::string> words;
+  for (const std::int64_t d : divisors) words.push_back(fmt::format("{}", d));
+  return words;
+}
+
+bool is_power_of_two(std::int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
+
+/// Words that other trainers use for ours; edit distance can't know them.
+const char* our_word_for(std::string_view key) {
+  static constexpr std::pair<std::string_view, const char*> table[] = {
+      {"num_layers", "n_layer"},
+      {"layers", "n_layer"},
+      {"hidden_size", "d_model"},
+      {"n_embd", "d_model"},
+      {"num_attention_heads", "n_head"},
+      {"heads", "n_head"},
+      {"ffn_hidden_size", "d_ff"},
+      {"n_inner", "d_ff"},
+      {"seq_length", "context"},
+      {"n_positions", "context"},
+      {"n_ctx", "context"},
+      {"block_size", "context"},
+      {"micro_batch_size", "micro"},
+      {"global_batch_size", "global"},
+      {"learning_rate", "lr"},
+      {"min_learning_rate", "min_lr"},
+      {"clip_grad", "grad_clip"},
+      {"warmup_steps", "warmup"},
+      {"decay_steps", "decay"},
+      {"seed", "shuffle_seed"},
+      {"max_steps", "steps"},
+      {"pipeline", "stages"},
+      {"data_parallel", "replicas"},
+      {"on_failure", "on_loss"},
+      {"type", "format"},
+      {"file", "path"},
+      {"validation", "valid"},
+      {"resume", "init"},
+  };
+  for (const auto& [theirs, ours] : table)
+    if (theirs == key) return ours;
+  return nullptr;
+}
+
+/// Reads one map and keeps the list of keys it was asked for, so that what is left is unknown and
+/// the known ones are the candidates for a suggestion.
+class section {
+ public:
+  section(const yaml_node* node, std::string path, yaml_place place)
+      : node_(node), path_(std::move(path)), place_(place) {}
+
+  /// The value, or nullptr where the key is absent.
+  const yaml_node* find(const char* key) {
+    known_.insert(key);
+    return node_ ? child(*node_, key) : nullptr;
+  }
+  /// A key that is read but not suggested.
+  const yaml_node* find_quietly(const char* key) {
+    const yaml_node* value = node_ ? child(*node_, key) : nullptr;
+    if (value) quiet_.insert(key);
+    return value;
+  }
+  bool is_present() const { return node_ != nullptr; }
+  const yaml_node* node() const { return node_; }
+  const std::string& path() const { return path_; }
+  yaml_place place() const { return place_; }
+  std::string path_of(std::string_view key) const { return dotted(path_, key); }
+  const std::set<std::string>& known() const { return known_; }
+  bool knows(const std::string& key) const { return known_.count(key) + quiet_.count(key) > 0; }
+
+ private:
+  const yaml_node* node_;
+  std::string path_;
+  yaml_place place_;
+  std::set<std::string> known_;
+  std::set<std::string> quiet_;
+};
+
+class spec_reader {
+ public:
+  explicit spec_reader(const yaml_node& root) : root_(root) {}
+
+  job_spec read();
+  std::vector<yaml_problem> take_problems() { return std::move(problems_); }
+
+ private:
+  // --- problems ---
+  void report(yaml_place place, const char* code, std::string path, std::string message,
+              std::string fix) {
+    problems_.push_back({place, code, std::move(path), std::move(message), std::move(fix)});
+  }
+  /// A message of config/units.hpp, "what was found. fix: what to do", under a path.
+  void report(yaml_place place, const char* code, std::string path, const error& e) {
+    const std::size_t cut = e.message.find(". fix: ");
+    std::string found = e.message.substr(0, cut);
+    std::string fix = cut == std::string::npos ? "" : e.message.substr(cut + 7);
+    std::string message = fmt::format("{}: {}", path, found);
+    report(place, code, std::move(path), std::move(message), std::move(fix));
+  }
+  bool has_problem_at(const std::string& path) const {
+    return std::any_of(problems_.begin(), problems_.end(),
+                       [&path](const yaml_problem& p) { return p.path == path; });
+  }
+  /// The value at a dotted path of keys; nullptr if there is none.
+  const yaml_node* at(std::string_view path) const;
+  /// The place of the first of the paths that stands in the file; else of the longest part of the
+  /// first that does.
+  yaml_place place_of(std::initializer_list<const char*> paths) const;
+
+  // --- one value ---
+  section open(section& parent, const char* key);
+  section open_node(const yaml_node& n, const std::string& path);
+  void finish(const section& s);
+  const yaml_node* find_text(section& s, const char* key);
+  bool is_text(const yaml_node& n, const std::string& path);
+  void require(const section& s, const char* key, const char* example);
+  void read_integer(section& s, const char* key, std::int64_t& out, std::int64_t least,
+                    std::int64_t most);
+  void read_seed(section& s, const char* key, std::uint64_t& out);
+  template <class T>
+  void read_small(section& s, const char* key, T& out, std::int64_t least, std::int64_t most) {
+    std::int64_t wide = out;
+    read_integer(s, key, wide, least, most);
+    out = static_cast<T>(wide);
+  }
+  void read_real(section& s, const char* key, double& out, double least, double most,
+                 bool is_least_allowed);
+  std::optional<double> real_of(const yaml_node& n, const std::string& path, double least,
+                                double most, bool is_least_allowed);
+  void read_choice(section& s, const char* key, std::string& out,
+                   const std::vector<std::string>& choices,
+                   const std::vector<std::string>& later = {});
+  std::optional<bool> read_bool(section& s, const char* key);
+  bool is_path(const yaml_node& n, const std::string& path);
+  void read_path(section& s, const char* key, std::string& out);
+  void read_hash(section& s, const char* key, std::string& out);
+  std::optional<quantity> read_quantity(section& s, const char* key, const char* bare_unit,
+                                        const std::vector<std::string>& units);
+  std::optional<quantity> quantity_of(const yaml_node& n, const std::string& path,
+                                      const char* bare_unit, const std::vector<std::string>& units);
+  /// Steps or tokens, as steps; waits for the batch to be known.
+  void read_steps(section& s, const char* key, std::int64_t& out, std::int64_t least);
+  std::optional<std::int64_t> steps_of(const yaml_node& n, const std::string& path,
+                                       std::int64_t least);
+  /// A key that a later version reads; `neutral` values say that it is off and are accepted.
+  void refuse(section& s, const char* key, const std::vector<std::string>& neutral,
+              const std::string& fix);
+
+  // --- sections ---
+  void read_head(section& top);
+  void read_model(section& top);
+  void read_init(section& model);
+  void read_data(section& top);
+  void read_data_files(section& data, const char* key, std::vector<data_file>& out);
+  void read_data_file(const yaml_node& n, const std::string& path, std::vector<data_file>& out);
+  void read_elasticity(section& top);
+  void read_batch(section& top);
+  void read_optimizer(section& top);
+  void read_stop_and_schedule(section& top);
+  void read_precision(section& top);
+  void read_eval(section& top);
+  void read_parallelism(section& top);
+  void read_checkpoint(section& top);
+  void read_resources(section& top);
+  void read_observe(section& top);
+  void check_model();
+  void check_data();
+  void resolve_batch(const std::optional<quantity>& global);
+  void check_layout();
+
+  const yaml_node& root_;
+  job_spec spec_;
+  std::vector<yaml_problem> problems_;
+  std::int64_t step_tokens_ = 0;  // 0 while unknown, because the batch is wrong
+};
+
+const yaml_node* spec_reader::at(std::string_view path) const {
+  const yaml_node* n = &root_;
+  while (n && !path.empty()) {
+    const std::size_t dot = std::min(path.find('.'), path.size());
+    n = child(*n, path.substr(0, dot));
+    path.remove_prefix(std::min(dot + 1, path.size()));
+  }
+  return n;
+}
+
+yaml_place spec_reader::place_of(std::initializer_list<const char*> paths) const {
+  yaml_place longest = root_.place;
+  bool is_first = true;
+  for (std::string_view path : paths) {
+    const yaml_node* at = &root_;
+    yaml_place place = root_.place;
+    while (at && !path.empty()) {
+      const std::size_t dot = std::min(path.find('.'), path.size());
+      const std::string_view key = path.substr(0, dot);
+      path.remove_prefix(std::min(dot + 1, path.size()));
+      const yaml_node* parent = at;
+      at = child(*parent, key);
+      if (!at) break;
+      // A map's own place is its first key; the reader looks for the name of the section.
+      for (std::size_t i = 0; i < parent->keys.size(); ++i)
+        if (parent->keys[i] == key)
+          place = at->is == shape::text ? at->place : parent->key_places[i];
+    }
+    if (at) return place;
+    if (is_first) longest = place;
+    is_first = false;
+  }
+  return longest;
+}
+
+section spec_reader::open(section& parent, const char* key) {
+  const yaml_node* n = parent.find(key);
+  // `resources:` with everything under it commented out is an empty section.
+  if (!n || n->is == shape::empty) return {nullptr, parent.path_of(key), parent.place()};
+  yaml_place place = n->place;
+  for (std::size_t i = 0; i < parent.node()->keys.size(); ++i)
+    if (parent.node()->keys[i] == key) place = parent.node()->key_places[i];
+  if (n->is != shape::map) {
+    report(n->place, "E006", parent.path_of(key),
+           fmt::format("{} is {}; expected a map of keys", parent.path_of(key), shape_name(n->is)),
+           fmt::format("write  {}:  and its keys indented below", key));
+    return {nullptr, parent.path_of(key), place};
+  }
+  return {n, parent.path_of(key), place};
+}
+
+section spec_reader::open_node(const yaml_node& n, const std::string& path) {
+  return {&n, path, n.place};
+}
+
+void spec_reader::finish(const section& s) {
+  if (!s.is_present()) return;
+  const std::vector<std::string> known(s.known().begin(), s.known().end());
+  for (std::size_t i = 0; i < s.node()->keys.size(); ++i) {
+    const std::string& key = s.node()->keys[i];
+    if (s.knows(key)) continue;
+    if (problems_.size() > problem_count_max) return;
+    std::optional<std::string> meant;
+    if (const char* ours = our_word_for(key); ours && s.known().count(ours)) meant = ours;
+    if (!meant) meant = nearest(key, known);
+    const std::string where = s.path().empty() ? "" : fmt::format(" in {}", s.path());
+    if (meant)
+      report(s.node()->key_places[i], "E002", s.path_of(key),
+             fmt::format("unknown key {}{}; did you mean \"{}\"?", quoted(key), where, *meant), "");
+    else
+      report(s.node()->key_places[i], "E002", s.path_of(key),
+             fmt::format("unknown key {}{}", quoted(key), where),
+             fmt::format("keys here: {}", joined(known)));
+  }
+}
+
+bool spec_reader::is_text(const yaml_node& n, const std::string& path) {
+  if (n.is == shape::text) return true;
+  if (n.is == shape::empty)
+    report(n.place, "E006", path, fmt::format("{} has no value", path),
+           "give it one, or remove it");
+  else
+    report(n.place, "E006", path,
+           fmt::format("{} is {}; expected a single value", path, shape_name(n.is)), "");
+  return false;
+}
+
+const yaml_node* spec_reader::find_text(section& s, const char* key) {
+  const yaml_node* n = s.find(key);
+  return n && is_text(*n, s.path_of(key)) ? n : nullptr;
+}
+
+void spec_reader::require(const section& s, const char* key, const char* example) {
+  if (s.is_present() && child(*s.node(), key)) return;
+  if (has_problem_at(s.path()) && !s.path().empty()) return;  // the section itself is wrong
+  report(s.place(), "E005", s.path_of(key), fmt::format("{} is missing", s.path_of(key)),
+         fmt::format("add  {}", example));
+}
+
+void spec_reader::read_integer(section& s, const char* key, std::int64_t& out, std::int64_t least,
+                               std::int64_t most) {
+  const yaml_node* n = find_text(s, key);
+  if (!n) return;
+  const auto count = parse_count(n->text);
+  if (!count) return report(n->place, "E007", s.path_of(key), count.err());
+  if (*count < least || *count > most)
+    return report(n->place, "E102", s.path_of(key),
+                  fmt::format("{} {} is out of range", s.path_of(key), *count),
+                  fmt::format("{} to {}", least, most));
+  out = *count;
+}
+
+void spec_reader::read_seed(section& s, const char* key, std::uint64_t& out) {
+  const yaml_node* n = find_text(s, key);
+  if (!n) return;
+  // Any 64 bits are a seed; parse_count stops at 63.
+  std::uint64_t seed = 0;
+  bool is_plain = !n->text.empty() && (n->text == "0" || n->text[0] != '0');
+  for (const char c : n->text) {
+    is_plain = is_plain && c >= '0' && c <= '9' && !__builtin_mul_overflow(seed, 10u, &seed) &&
+               !__builtin_add_overflow(seed, static_cast<unsigned>(c - '0'), &seed);
+    if (!is_plain) break;
+  }
+  if (!is_plain)
+    return report(n->place, "E007", s.path_of(key),
+                  fmt::format("{} {} is not a seed", s.path_of(key), quoted(n->text)),
+                  "write a whole number from 0 to 18446744073709551615, digits only");
+  out = seed;
+}
+
+std::optional<double> spec_reader::real_of(const yaml_node& n, const std::string& path,
+                                           double least, double most, bool is_least_allowed) {
+  const auto value = parse_real(n.text);
+  if (!value) {
+    report(n.place, "E007", path, value.err());
+    return std::nullopt;
+  }
+  if (*value < least || (*value == least && !is_least_allowed) || *value > most) {
+    report(
+        n.place, "E102", path, fmt::format("{} {} is out of range", path, *value),
+        fmt::format("{} {}, at most {}", is_least_allowed ? "at least" : "more than", least, most));
+    return std::nullopt;
+  }
+  return *value + 0.0;  // -0 is 0
+}
+
+void spec_reader::read_real(section& s, const char* key, double& out, double least, double most,
+                            bool is_least_allowed) {
+  const yaml_node* n = find_text(s, key);
+  if (!n) return;
+  if (const auto value = real_of(*n, s.path_of(key), least, most, is_least_allowed)) out = *value;
+}
+
+void spec_reader::read_choice(section& s, const char* key, std::string& out,
+                              const std::vector<std::string>& choices,
+                              const std::vector<std::string>& later) {
+  const yaml_node* n = find_text(s, key);
+  if (!n) return;
+  if (std::find(choices.begin(), choices.end(), n->text) != choices.end()) {
+    out = n->text;
+    return;
+  }
+  const std::string path = s.path_of(key);
+  if (std::find(later.begin(), later.end(), n->text) != later.end())
+    return report(n->place, "E004", path, fmt::format("{} {} {}", path, n->text, not_now),
+                  fmt::format("use {}: {}", key, any_of(choices)));
+  const auto meant = nearest(n->text, choices);
+  report(n->place, "E007", path,
+         fmt::format("{} {} is unknown{}", path, quoted(n->text),
+                     meant ? fmt::format("; did you mean \"{}\"?", *meant) : ""),
+         fmt::format("use {}: {}", key, any_of(choices)));
+}
+
+std::optional<bool> spec_reader::read_bool(section& s, const char* key) {
+  const yaml_node* n = find_text(s, key);
+  if (!n) return std::nullopt;
+  if (n->text == "true") return true;
+  if (n->text == "false") return false;
+  report(n->place, "E007", s.path_of(key),
+         fmt::format("{} {} is neither true nor false", s.path_of(key), quoted(n->text)),
+         "write true or false");
+  return std::nullopt;
+}
+
+bool spec_reader::is_path(const yaml_node& n, const std::string& path) {
+  if (n.text.empty() || n.text.size() > path_bytes_max) {
+    report(n.place, "E007", path, fmt::format("{} has {} bytes", path, n.text.size()),
+           fmt::format("1 to {} bytes", path_bytes_max));
+    return false;
+  }
+  if (n.text.find('*') != std::string::npos || n.text.find("${") != std::string::npos) {
+    report(n.place, "E004", path,
+           fmt::format("{}: a pattern or variable in a path {}: {}", path, not_now, quoted(n.text)),
+           "write out the name of each file");
+    return false;
+  }
+  return true;
+}
+
+void spec_reader::read_path(section& s, const char* key, std::string& out) {
+  const yaml_node* n = find_text(s, key);
+  if (n && is_path(*n, s.path_of(key))) out = n->text;
+}
+
+void spec_reader::read_hash(section& s, const char* key, std::string& out) {
+  const yaml_node* n = find_text(s, key);
+  if (!n) return;
+  const bool is_hash =
+      n->text.size() == 32 && n->text.find_first_not_of("0123456789abcdef") == std::string::npos;
+  if (!is_hash)
+    return report(n->place, "E007", s.path_of(key),
+                  fmt::format("{} {} is not a hash", s.path_of(key), quoted(n->text)),
+                  "XXH3-128 as 32 lower-case hex digits; or leave it out, submit fills it in");
+  out = n->text;
+}
+
+std::optional<quantity> spec_reader::quantity_of(const yaml_node& n, const std::string& path,
+                                                 const char* bare_unit,
+                                                 const std::vector<std::string>& units) {
+  auto q = parse_quantity(n.text);
+  if (!q) {
+    report(n.place, "E007", path, q.err());
+    return std::nullopt;
+  }
+  if (q->unit.empty()) q->unit = bare_unit;
+  if (std::find(units.begin(), units.end(), q->unit) == units.end()) {
+    report(n.place, "E007", path, fmt::format("{} has the unit {}", path, quoted(q->unit)),
+           fmt::format("a number of {}", any_of(units)));
+    return std::nullopt;
+  }
+  if (q->count < 0) {
+    report(n.place, "E102", path, fmt::format("{} {} is out of range", path, q->count),
+           "0 or more");
+    return std::nullopt;
+  }
+  return *q;
+}
+
+std::optional<quantity> spec_reader::read_quantity(section& s, const char* key,
+                                                   const char* bare_unit,
+                                                   const std::vector<std::string>& units) {
+  const yaml_node* n = find_text(s, key);
+  if (!n) return std::nullopt;
+  return quantity_of(*n, s.path_of(key), bare_unit, units);
+}
+
+std::optional<std::int64_t> spec_reader::steps_of(const yaml_node& n, const std::string& path,
+                                                  std::int64_t least) {
+  const auto q = quantity_of(n, path, "steps", {"steps", "tokens"});
+  if (!q) return std::nullopt;
+  std::int64_t steps = q->count;
+  if (q->unit == "tokens") {
+    if (step_tokens_ == 0) return std::nullopt;  // the batch is wrong, which is said there
+    steps = q->count / step_tokens_;
+  }
+  if (steps < least || steps > limits::step_count_max) {
+    report(n.place, "E102", path,
+           q->unit == "tokens" ? fmt::format("{} {} tokens is {} steps of {} tokens, out of range",
+                                             path, format_grouped(q->count), format_grouped(steps),
+                                             format_grouped(step_tokens_))
+                               : fmt::format("{} {} is out of range", path, q->count),
+           fmt::format("{} to {} steps", least, limits::step_count_max));
+    return std::nullopt;
+  }
+  return steps;
+}
+
+void spec_reader::read_steps(section& s, const char* key, std::int64_t& out, std::int64_t least) {
+  const yaml_node* n = find_text(s, key);
+  if (!n) return;
+  if (const auto steps = steps_of(*n, s.path_of(key), least)) out = *steps;
+}
+
+void spec_reader::refuse(section& s, const char* key, const std::vector<std::string>& neutral,
+                         const std::string& fix) {
+  const yaml_node* n = s.find_quietly(key);
+  if (!n) return;
+  if (n->is == shape::text && std::find(neutral.begin(), neutral.end(), n->text) != neutral.end())
+    return;
+  const std::string path = s.path_of(key);
+  const std::string value = n->is == shape::text ? " " + quoted(n->text) : "";
+  report(n->place, "E004", path, fmt::format("{}{} {}", path, value, not_now), fix);
+}
+
+// ---------------------------------------------------------------- sections
+
+void spec_reader::read_head(section& top) {
+  std::int64_t version = 1;
+  read_integer(top, "version", version, 1, std::numeric_limits<std::int32_t>::max());
+  require(top, "version", "version: 1");
+  if (version != 1)
+    report(place_of({"version"}), "E004", "version",
+           fmt::format("version {} {}; this program reads version 1", version, not_now),
+           "version: 1, or use a newer stagecoach");
+  if (const yaml_node* n = find_text(top, "name")) {
+    const bool is_name =
+        !n->text.empty() && n->text.size() <= limits::name_bytes_max &&
+        n->text.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789-") == std::string::npos &&
+        n->text.front() != '-' && n->text.back() != '-';
+    if (is_name)
+      spec_.name = n->text;
+    else
+      report(n->place, "E007", "name", fmt::format("name {} is not a job name", quoted(n->text)),
+             fmt::format("1 to {} of a-z, 0-9 and -, no - at the ends", limits::name_bytes_max));
+  }
+  require(top, "name", "name: my-job");
+  read_small(top, "priority", spec_.priority, -1'000'000, 1'000'000);
+}
+
+void spec_reader::read_model(section& top) {
+  model_spec& m = spec_.model;
+  m.init = "random";
+  require(top, "model", "model: {preset: tiny}");
+  section s = open(top, "model");
+  const preset* base = nullptr;
+  bool is_preset_wrong = false;
+  if (const yaml_node* n = find_text(s, "preset"); n && n->text != "custom") {
+    base = find_preset(n->text);
+    if (base) {
+      m = base->model;
+    } else {
+      is_preset_wrong = true;
+      const auto meant = nearest(n->text, preset_names());
+      report(n->place, "E101", "model.preset",
+             fmt::format("unknown preset {}{}", quoted(n->text),
+                         meant ? fmt::format("; did you mean \"{}\"?", *meant) : ""),
+             fmt::format("one of {}, custom", joined(preset_names())));
+    }
+  }
+  read_integer(s, "n_layer", m.n_layer, 1, limits::layer_count_max);
+  read_integer(s, "d_model", m.d_model, 1, limits::d_model_max);
+  read_integer(s, "n_head", m.n_head, 1, limits::d_model_max);
+  // A preset's d_ff belongs to its d_model; with another d_model the default holds again.
+  if (s.is_present() && child(*s.node(), "d_model")) m.d_ff = 4 * m.d_model;
+  read_integer(s, "d_ff", m.d_ff, 1, 8 * limits::d_model_max);
+  read_integer(s, "vocab_size", m.vocab_size, 2, limits::vocab_size_max);
+  read_integer(s, "context", m.context, 1, limits::context_max);
+  if (const auto tied = read_bool(s, "tie_embeddings"); tied && !*tied)
+    report(place_of({"model.tie_embeddings"}), "E004", "model.tie_embeddings",
+           fmt::format("model.tie_embeddings false {}", not_now), "tie_embeddings: true");
+  for (const char* key : {"dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"}) {
+    const yaml_node* n = s.find_quietly(key);
+    if (!n || !is_text(*n, s.path_of(key))) continue;
+    const auto p = real_of(*n, s.path_of(key), 0, 1, true);
+    if (p && *p != 0)
+      report(n->place, "E004", s.path_of(key),
+             fmt::format("{} {}: dropout {}; training here is without dropout", s.path_of(key), *p,
+                         not_now),
+             fmt::format("{}: 0", key));
+  }
+  read_init(s);
+  if (s.is_present() && !base && !is_preset_wrong) {
+    require(s, "n_layer", "n_layer: 4, or preset: tiny");
+    require(s, "d_model", "d_model: 64");
+    require(s, "n_head", "n_head: 4");
+    require(s, "context", "context: 64");
+  }
+  finish(s);
+}
+
+void spec_reader::read_init(section& model) {
+  model_spec& m = spec_.model;
+  const yaml_node* n = model.find("init");
+  if (!n) return;
+  const std::string path = model.path_of("init");
+  if (n->is == shape::map) {
+    section s = open_node(*n, path);
+    read_seed(s, "seed", m.init_seed);
+    read_real(s, "std", m.init_std, 0, 100, false);
+    finish(s);
+    return;
+  }
+  if (!is_text(*n, path)) return;
+  const std::string& text = n->text;
+  if (text == "random") return;
+  if (text.rfind("hf:", 0) == 0 && text.size() > 3) {
+    yaml_node folder = *n;
+    folder.text = text.substr(3);
+    if (is_path(folder, path)) m.init = text;
+    return;
+  }
+  const std::size_t at = text.rfind('@');
+  if (text.rfind("checkpoint:", 0) == 0 && at != std::string::npos && at > 11) {
+    const auto step = parse_count(std::string_view(text).substr(at + 1));
+    if (step && *step >= 0 && *step <= limits::step_count_max && text.size() <= path_bytes_max) {
+      m.init = fmt::format("{}@{}", text.substr(0, at), *step);
+      return;
+    }
+  }
+  report(n->place, "E007", path, fmt::format("{} {} is not understood", path, quoted(text)),
+         "init: {seed: 1234, std: 0.02}, init: hf:DIR or init: checkpoint:JOB@STEP");
+}
+
+void spec_reader::read_data_file(const yaml_node& n, const std::string& path,
+                                 std::vector<data_file>& out) {
+  data_file file;
+  if (n.is == shape::text) {
+    if (!is_path(n, path)) return;
+    file.path = n.text;
+  } else if (n.is == shape::map) {
+    section s = open_node(n, path);
+    read_path(s, "path", file.path);
+    require(s, "path", "path: FILE");
+    read_choice(s, "format", file.format, {"text", "llmc", "nanogpt"}, {"megatron", "jsonl"});
+    std::int64_t bytes = 0;
+    read_integer(s, "bytes", bytes, 0, std::numeric_limits<std::int64_t>::max());
+    file.bytes = static_cast<std::uint64_t>(bytes);
+    read_hash(s, "hash", file.hash);
+    if (const yaml_node* weight = s.find_quietly("weight"); weight && is_text(*weight, path)) {
+      const auto value = real_of(*weight, s.path_of("weight"), 0, 1e9, false);
+      if (value && *value != 1)
+        report(weight->place, "E004", s.path_of("weight"),
+               fmt::format("{} {}: weighted mixing {}", s.path_of("weight"), *value, not_now),
+               "weight: 1, or leave it out; files are read one after the other");
+    }
+    refuse(s, "dtype", {"uint16"}, "dtype: uint16; other token sizes are stated by llmc headers");
+    finish(s);
+    if (s.find_quietly("format") && file.format.empty()) return;  // wrong, said above
+  } else {
+    report(n.place, "E006", path,
+           fmt::format("{} is {}; expected a path or a map with path and format", path,
+                       shape_name(n.is)),
+           "- {path: train.txt, format: text}");
+    return;
+  }
+  if (file.path.empty()) return;
+  if (file.format.empty()) {
+    // .bin is what both token formats are called, and reading one as the other trains on rubbish.
+    if (file.path.size() > 4 && file.path.compare(file.path.size() - 4, 4, ".bin") == 0) {
+      report(
+          n.place, "E005", dotted(path, "format"),
+          fmt::format("{}: the format of {} can't be told from its name", path, quoted(file.path)),
+          fmt::format("{{path: {}, format: llmc}} (with a header) or format: nanogpt (bare uint16)",
+                      file.path));
+      return;
+    }
+    file.format = "text";
+  }
+  if (out.size() < data_file_count_max) out.push_back(std::move(file));
+}
+
+void spec_reader::read_data_files(section& data, const char* key, std::vector<data_file>& out) {
+  const yaml_node* n = data.find(key);
+  if (!n) return;
+  const std::string path = data.path_of(key);
+  if (n->is != shape::list) {
+    if (n->is == shape::empty)
+      is_text(*n, path);
+    else
+      read_data_file(*n, path, out);
+    return;
+  }
+  if (n->items.empty())
+    report(n->place, "E005", path, fmt::format("{} is an empty list", path), "name a file");
+  if (n->items.size() > data_file_count_max)
+    report(n->place, "E008", path, fmt::format("{} names {} files", path, n->items.size()),
+           fmt::format("at most {}; join small files", data_file_count_max));
+  for (std::size_t i = 0; i < n->items.size() && problems_.size() <= problem_count_max; ++i)
+    read_data_file(n->items[i], fmt::format("{}.{}", path, i), out);
+}
+
+void spec_reader::read_data(section& top) {
+  data_spec& d = spec_.data;
+  require(top, "data", "data: {tokenizer: bytes, train: input.txt}");
+  section s = open(top, "data");
+  const std::vector<std::string> types = {"bytes", "sentencepiece", "none"};
+  const std::vector<std::string> later = {"hf-json", "gpt2-bpe"};
+  const yaml_node* tokenizer = s.find("tokenizer");
+  if (tokenizer && tokenizer->is == shape::map) {
+    section t = open_node(*tokenizer, "data.tokenizer");
+    read_choice(t, "type", d.tokenizer, types, later);
+    require(t, "type", "type: bytes");
+    read_path(t, "path", d.tokenizer_path);
+    read_hash(t, "hash", d.tokenizer_hash);
+    finish(t);
+  } else if (tokenizer) {
+    read_choice(s, "tokenizer", d.tokenizer, types, later);
+  }
+  if (d.tokenizer == "sentencepiece" && d.tokenizer_path.empty() &&
+      !has_problem_at("data.tokenizer.path"))
+    report(place_of({"data.tokenizer.type", "data.tokenizer"}), "E005", "data.tokenizer.path",
+           "data.tokenizer.path is missing; sentencepiece needs its model file",
+           "tokenizer: {type: sentencepiece, path: tokenizer.model}");
+  if (d.tokenizer != "sentencepiece" && !d.tokenizer.empty() &&
+      (!d.tokenizer_path.empty() || !d.tokenizer_hash.empty()))
+    report(place_of({"data.tokenizer.path", "data.tokenizer.hash"}), "E110", "data.tokenizer.path",
+           fmt::format("the tokenizer {} has no file", d.tokenizer), "remove path and hash");
+  require(s, "train", "train: input.txt");
+  read_data_files(s, "train", d.train);
+  read_data_files(s, "valid", d.valid);
+  read_real(s, "valid_fraction", d.valid_fraction, 0, 0.5, true);
+  read_seed(s, "shuffle_seed", d.shuffle_seed);
+  finish(s);
+
+  const bool has_text = std::any_of(d.train.begin(), d.train.end(),
+                                    [](const data_file& f) { return f.format == "text"; }) ||
+                        std::any_of(d.valid.begin(), d.valid.end(),
+                                    [](const data_file& f) { return f.format == "text"; });
+  if (!tokenizer && s.is_present()) {
+    if (has_text) require(s, "tokenizer", "tokenizer: bytes");
+    d.tokenizer = "none";
+  } else if (d.tokenizer == "none" && has_text) {
+    report(place_of({"data.tokenizer.type", "data.tokenizer"}), "E110", "data.tokenizer",
+           "data.tokenizer none with a text file; only token files need no tokenizer",
+           "tokenizer: bytes, or sentencepiece, or format: llmc or nanogpt");
+  }
+  if (!d.valid.empty() && d.valid_fraction > 0)
+    report(place_of({"data.valid_fraction"}), "E111", "data.valid_fraction",
+           "data.valid and data.valid_fraction are both given", "keep one of them");
+}
+
+void spec_reader::read_elasticity(section& top) {
+  elasticity_spec& e = spec_.elasticity;
+  section s = open(top, "elasticity");
+  if (const yaml_node* n = find_text(s, "workers")) {
+    const auto range = parse_range(n->text);
+    const auto fits = [](std::int64_t count) {
+      return count >= 1 && count <= limits::worker_count_max;
+    };
+    if (!range)
+      report(n->place, "E007", "elasticity.workers", range.err());
+    else if (!fits(range->least) || !fits(range->most))
+      report(n->place, "E102", "elasticity.workers",
+             fmt::format("elasticity.workers {} is out of range", quoted(n->text)),
+             fmt::format("1 to {} workers", limits::worker_count_max));
+    else if (range->least > range->most)
+      report(n->place, "E210", "elasticity.workers",
+             fmt::format("elasticity.workers {}..{}: the minimum is larger than the maximum",
+                         range->least, range->most),
+             fmt::format("workers: {}..{}", range->most, range->least));
+    else
+      std::tie(e.workers_min, e.workers_max) =
+          std::pair(static_cast<int>(range->least), static_cast<int>(range->most));
+  }
+  read_choice(s, "on_loss", e.on_loss, {"replace", "shrink", "wait"});
+  if (const yaml_node* n = find_text(s, "wait_for_min")) {
+    const auto ms = parse_duration_ms(n->text);
+    if (!ms)
+      report(n->place, "E007", "elasticity.wait_for_min", ms.err());
+    else if (*ms > duration_ms_max)
+      report(n->place, "E102", "elasticity.wait_for_min",
+             fmt::format("elasticity.wait_for_min {} is out of range", n->text), "at most 366d");
+    else
+      e.wait_for_min_ms = *ms;
+  }
+  if (const yaml_node* n = find_text(s, "max_failures")) {
+    const std::size_t per = n->text.find(" per ");
+    const auto count = parse_count(n->text.substr(0, per));
+    const auto window = per == std::string::npos ? result<std::int64_t>(std::int64_t{3'600'000})
+                        : n->text.substr(per + 5) == "hour"
+                            ? result<std::int64_t>(std::int64_t{3'600'000})
+                            : parse_duration_ms(n->text.substr(per + 5));
+    if (!count)
+      report(n->place, "E007", "elasticity.max_failures", count.err());
+    else if (!window)
+      report(n->place, "E007", "elasticity.max_failures", window.err());
+    else if (*window != 3'600'000)
+      report(n->place, "E004", "elasticity.max_failures",
+             fmt::format("elasticity.max_failures: a window other than 1h {}", not_now),
+             "max_failures: 10 per 1h");
+    else if (*count < 0 || *count > 1'000'000'000)
+      report(n->place, "E102", "elasticity.max_failures",
+             fmt::format("elasticity.max_failures {} is out of range", *count), "0 to 1000000000");
+    else
+      e.max_failures = static_cast<int>(*count);
+  }
+  refuse(s, "copies", {"0"}, "copies: 0; durable checkpoints and replicas hold the copies");
+  finish(s);
+}
+
+void spec_reader::read_batch(section& top) {
+  batch_spec& b = spec_.batch;
+  require(top, "batch", "batch: {global: 64 sequences}");
+  section s = open(top, "batch");
+  const auto global = read_quantity(s, "global", "sequences", {"sequences", "tokens"});
+  require(s, "global", "global: 64 sequences");
+  b.sequence_tokens = spec_.model.context;
+  if (const auto sequence = read_quantity(s, "sequence", "tokens", {"tokens"})) {
+    if (sequence->count < 1 || sequence->count > limits::context_max)
+      report(place_of({"batch.sequence"}), "E102", "batch.sequence",
+             fmt::format("batch.sequence {} is out of range", sequence->count),
+             fmt::format("1 to {} tokens", limits::context_max));
+    else
+      b.sequence_tokens = sequence->count;
+  }
+  if (b.sequence_tokens > spec_.model.context && spec_.model.context > 0)
+    report(place_of({"batch.sequence"}), "E106", "batch.sequence",
+           fmt::format("batch.sequence {} is longer than model.context {}", b.sequence_tokens,
+                       spec_.model.context),
+           fmt::format("sequence: {}, or context: {}", spec_.model.context, b.sequence_tokens));
+  const yaml_node* micro = find_text(s, "micro");
+  if (micro && micro->text != "auto")
+    if (const auto q = quantity_of(*micro, "batch.micro", "sequences", {"sequences"})) {
+      if (q->count < 1 || q->count > global_sequences_max)
+        report(micro->place, "E102", "batch.micro",
+               fmt::format("batch.micro {} is out of range", q->count),
+               fmt::format("1 to {} sequences, or auto", global_sequences_max));
+      else
+        b.micro_sequences = q->count;
+    }
+  const yaml_node* leaves = find_text(s, "leaves");
+  if (leaves && leaves->text != "auto") read_integer(s, "leaves", b.leaf_count, 1, 1 << 24);
+  refuse(s, "ramp", {}, "remove ramp; the global batch is the same from the first step on");
+  finish(s);
+  resolve_batch(global);
+}
+
+void spec_reader::resolve_batch(const std::optional<quantity>& global) {
+  batch_spec& b = spec_.batch;
+  if (!global || b.sequence_tokens == 0) return;
+  const yaml_place place = place_of({"batch.global"});
+  std::int64_t sequences = global->count;
+  if (global->unit == "tokens") {
+    if (global->count % b.sequence_tokens != 0 || global->count == 0) {
+      const std::int64_t below = std::max<std::int64_t>(global->count / b.sequence_tokens, 1);
+      return report(
+          place, "E120", "batch.global",
+          fmt::format("batch.global {} tokens is not a multiple of the sequence length {}",
+                      format_grouped(global->count), b.sequence_tokens),
+          fmt::format("global: {} sequences, or global: {} sequences", below, below + 1));
+    }
+    sequences = global->count / b.sequence_tokens;
+  }
+  if (sequences < 1 || sequences > global_sequences_max ||
+      sequences * b.sequence_tokens > step_tokens_max)
+    return report(
+        place, "E102", "batch.global",
+        fmt::format("batch.global of {} sequences of {} tokens is out of range",
+                    format_grouped(sequences), b.sequence_tokens),
+        fmt::format("1 to {} sequences, at most {} tokens", format_grouped(global_sequences_max),
+                    format_grouped(step_tokens_max)));
+  b.global_sequences = sequences;
+  step_tokens_ = sequences * b.sequence_tokens;
+  if (has_problem_at("batch.micro")) return;
+  if (b.micro_sequences == 0)
+    b.micro_sequences =
+        resolve_micro_sequences(sequences, b.sequence_tokens, spec_.elasticity.workers_max);
+  if (sequences % b.micro_sequences != 0)
+    return report(
+        place_of({"batch.micro"}), "E121", "batch.micro",
+        fmt::format("batch.micro {} does not divide batch.global of {} sequences",
+                    b.micro_sequences, sequences),
+        fmt::format("micro: {}, or auto", any_of(nearest_divisors(sequences, b.micro_sequences))));
+  if (has_problem_at("batch.leaves")) return;
+  const std::int64_t microbatches = b.microbatch_count();
+  if (b.leaf_count == 0)
+    b.leaf_count = resolve_leaf_count(microbatches, spec_.elasticity.workers_min,
+                                      spec_.elasticity.workers_max);
+  const std::int64_t largest = microbatches & -microbatches;
+  if (!is_power_of_two(b.leaf_count))
+    return report(place_of({"batch.leaves"}), "E122", "batch.leaves",
+                  fmt::format("batch.leaves {} is not a power of two", b.leaf_count),
+                  fmt::format("leaves: auto, or a power of two up to {}", largest));
+  if (microbatches % b.leaf_count != 0)
+    report(
+        place_of({"batch.leaves"}), "E123", "batch.leaves",
+        fmt::format("batch.leaves {} does not divide the {} microbatches of a step ({} sequences / "
+                    "{} per microbatch)",
+                    b.leaf_count, microbatches, sequences, b.micro_sequences),
+        fmt::format("leaves: auto, or a power of two up to {}", largest));
+}
+
+void spec_reader::read_optimizer(section& top) {
+  optimizer_spec& o = spec_.optimizer;
+  section s = open(top, "optimizer");
+  std::string type = "adamw";
+  read_choice(s, "type", type, {"adamw"}, {"adam", "sgd", "muon", "lion", "adafactor"});
+  read_real(s, "lr", o.lr, 0, 1e3, true);
+  read_real(s, "eps", o.eps, 0, 1, false);
+  read_real(s, "weight_decay", o.weight_decay, 0, 1e3, true);
+  read_real(s, "grad_clip", o.grad_clip, 0, 1e9, true);
+  if (const yaml_node* betas = s.find("betas")) {
+    if (betas->is != shape::list || betas->items.size() != 2) {
+      report(betas->place, "E006", "optimizer.betas",
+             "optimizer.betas is not a list of two numbers", "betas: [0.9, 0.95]");
+    } else {
+      double* out[] = {&o.beta1, &o.beta2};
+      for (std::size_t i = 0; i < 2; ++i) {
+        const std::string path = fmt::format("optimizer.betas.{}", i);
+        const yaml_node& n = betas->items[i];
+        if (!is_text(n, path)) continue;
+        const auto value = real_of(n, path, 0, 1, true);
+        if (value && *value == 1)
+          report(n.place, "E102", path, fmt::format("{} 1 is out of range", path), "less than 1");
+        else if (value)
+          *out[i] = *value;
+      }
+    }
+  }
+  if (const auto exact = read_bool(s, "exact")) o.exact = *exact;
+  finish(s);
+}
+
+void spec_reader::read_stop_and_schedule(section& top) {
+  require(top, "stop", "stop: {steps: 1000}");
+  section stop = open(top, "stop");
+  std::int64_t by_steps = 0;
+  std::int64_t by_tokens = 0;
+  read_steps(stop, "steps", by_steps, 1);
+  if (const yaml_node* n = find_text(stop, "tokens")) {
+    yaml_node tokens = *n;  // a bare number is of tokens here
+    if (const auto q = parse_quantity(n->text); q && q->unit.empty()) tokens.text += " tokens";
+    if (const auto steps = steps_of(tokens, "stop.tokens", 1)) by_tokens = *steps;
+  }
+  refuse(stop, "time", {}, "stop by steps or tokens");
+  if (stop.is_present() && !child(*stop.node(), "steps") && !child(*stop.node(), "tokens") &&
+      !child(*stop.node(), "time"))
+    report(stop.place(), "E005", "stop.steps", "stop has neither steps nor tokens",
+           "stop: {steps: 1000}");
+  finish(stop);
+  // The first one reached wins.
+  spec_.stop_steps = by_steps == 0    ? by_tokens
+                     : by_tokens == 0 ? by_steps
+                                      : std::min(by_steps, by_tokens);
+
+  schedule_spec& c = spec_.schedule;
+  section s = open(top, "schedule");
+  read_choice(s, "type", c.type, {"cosine", "constant"}, {"linear", "wsd", "inverse-sqrt"});
+  read_steps(s, "warmup", c.warmup_steps, 0);
+  read_steps(s, "decay", c.decay_steps, 0);
+  read_real(s, "min_lr", c.min_lr, 0, 1e3, true);
+  finish(s);
+  if (c.min_lr > spec_.optimizer.lr)
+    report(place_of({"schedule.min_lr"}), "E130", "schedule.min_lr",
+           fmt::format("schedule.min_lr {} is more than optimizer.lr {}", c.min_lr,
+                       spec_.optimizer.lr),
+           fmt::format("min_lr: {}", spec_.optimizer.lr / 10));
+  if (spec_.stop_steps > 0 && c.warmup_steps > spec_.stop_steps)
+    report(place_of({"schedule.warmup"}), "E130", "schedule.warmup",
+           fmt::format("schedule.warmup of {} steps is longer than the job, {} steps",
+                       c.warmup_steps, spec_.stop_steps),
+           fmt::format("warmup: {} steps", spec_.stop_steps / 100));
+  if (c.decay_steps > 0 && c.decay_steps < c.warmup_steps)
+    report(place_of({"schedule.decay"}), "E130", "schedule.decay",
+           fmt::format("schedule.decay ends at step {}, before the warm-up does at step {}",
+                       c.decay_steps, c.warmup_steps),
+           fmt::format("decay: {} steps or more", c.warmup_steps));
+}
+
+void spec_reader::read_precision(section& top) {
+  const std::vector<std::string> now = {"fp32"};
+  const std::vector<std::string> later = {"bf16", "fp16", "fp8", "tf32"};
+  const yaml_node* n = top.find("precision");
+  if (n && n->is == shape::map) {
+    section s = open_node(*n, "precision");
+    read_choice(s, "compute", spec_.precision, now, later);
+    std::string master = "fp32";
+    read_choice(s, "master", master, now, later);
+    finish(s);
+  } else if (n) {
+    read_choice(top, "precision", spec_.precision, now, later);
+  }
+}
+
+void spec_reader::read_eval(section& top) {
+  section s = open(top, "eval");
+  if (const yaml_node* n = find_text(s, "every"); n && n->text != "never")
+    read_steps(s, "every", spec_.eval_every_steps, 1);
+  spec_.eval_batches = spec_.eval_every_steps > 0 ? 20 : 0;
+  read_integer(s, "batches", spec_.eval_batches, 0, global_sequences_max);
+  finish(s);
+  if (spec_.eval_every_steps == 0) return;
+  if (spec_.eval_batches == 0)
+    report(place_of({"eval.batches", "eval"}), "E102", "eval.batches",
+           "eval.batches 0 is out of range while eval.every is set", "batches: 20");
+  if (spec_.data.valid.empty() && spec_.data.valid_fraction == 0 && !at("data.valid") &&
+      (!at("data.valid_fraction") || !has_problem_at("data.valid_fraction")))
+    report(place_of({"eval.every"}), "E111", "eval.every",
+           "eval.every is set, but the job has no validation data",
+           "data.valid_fraction: 0.01, or data.valid: FILE, or remove eval");
+}
+
+void spec_reader::read_parallelism(section& top) {
+  parallelism_spec& p = spec_.parallelism;
+  section s = open(top, "parallelism");
+  std::string mode;
+  read_choice(s, "mode", mode, {"auto", "explicit"});
+  read_small(s, "stages", p.stages, 1, limits::stage_count_max);
+  read_small(s, "replicas", p.replicas, 1, limits::replica_count_max);
+  read_choice(s, "schedule", p.schedule, {"gpipe", "1f1b"}, {"interleaved", "zero-bubble"});
+  if (const yaml_node* n = s.find("layers")) {
+    if (n->is != shape::list) {
+      report(n->place, "E006", "parallelism.layers",
+             fmt::format("parallelism.layers is {}; expected a list", shape_name(n->is)),
+             "layers: [3, 3, 3, 3], the blocks of each stage");
+    } else if (n->items.size() > static_cast<std::size_t>(limits::stage_count_max)) {
+      report(n->place, "E102", "parallelism.layers",
+             fmt::format("parallelism.layers has {} entries", n->items.size()),
+             fmt::format("at most {}", limits::stage_count_max));
+    } else {
+      for (std::size_t i = 0; i < n->items.size(); ++i) {
+        const yaml_node& item = n->items[i];
+        const std::string path = fmt::format("parallelism.layers.{}", i);
+        if (!is_text(item, path)) continue;
+        const auto count = parse_count(item.text);
+        if (!count)
+          report(item.place, "E007", path, count.err());
+        else if (*count < 0 || *count > limits::layer_count_max)
+          report(item.place, "E102", path, fmt::format("{} {} is out of range", path, *count),
+                 fmt::format("0 to {}", limits::layer_count_max));
+        else
+          p.layers.push_back(static_cast<int>(*count));
+      }
+      if (p.layers.size() != n->items.size()) p.layers.clear();
+    }
+  }
+  refuse(s, "virtual_stages", {"1"}, "virtual_stages: 1, or leave it out");
+  refuse(s, "recompute", {"none"}, "recompute: none, or leave it out");
+  refuse(s, "shard_optimizer", {"false"}, "shard_optimizer: false, or leave it out");
+  refuse(s, "tensor", {"1"}, "leave it out; a stage is on one worker");
+  finish(s);
+  const bool names_layout =
+      s.is_present() &&
+      (child(*s.node(), "stages") || child(*s.node(), "replicas") || child(*s.node(), "layers"));
+  p.is_explicit = mode == "explicit" || (mode.empty() && names_layout);
+  if (mode == "auto" && names_layout)
+    report(place_of({"parallelism.mode"}), "E204", "parallelism.mode",
+           "parallelism.mode auto with stages, replicas or layers given",
+           "mode: explicit, or remove stages, replicas and layers");
+  if (!p.is_explicit) {
+    p.stages = p.replicas = 0;
+    p.layers.clear();
+    return;
+  }
+  if (p.stages == 0 && !has_problem_at("parallelism.stages"))
+    p.stages = p.layers.empty() ? 1 : static_cast<int>(p.layers.size());
+  if (p.replicas == 0 && !has_problem_at("parallelism.replicas")) p.replicas = 1;
+  check_layout();
+}
+
+void spec_reader::check_layout() {
+  const parallelism_spec& p = spec_.parallelism;
+  elasticity_spec& e = spec_.elasticity;
+  const std::int64_t layers = spec_.model.n_layer;
+  const std::int64_t units = layers + 2;
+  if (layers > 0 && p.stages > units)
+    report(place_of({"parallelism.stages", "parallelism.layers"}), "E201", "parallelism.stages",
+           fmt::format("parallelism.stages {} is more than the model's {} units ({} blocks, the "
+                       "embedding and the head)",
+                       p.stages, units, layers),
+           fmt::format("stages: {} or fewer", units));
+  if (spec_.batch.leaf_count > 0 && p.replicas > spec_.batch.leaf_count)
+    report(place_of({"parallelism.replicas"}), "E202", "parallelism.replicas",
+           fmt::format("parallelism.replicas {} is more than the {} leaves of a step; a replica "
+                       "needs one or more",
+                       p.replicas, spec_.batch.leaf_count),
+           fmt::format("replicas: {} or fewer, or more microbatches (batch.global, batch.micro, "
+                       "batch.leaves)",
+                       spec_.batch.leaf_count));
+  if (!p.layers.empty()) {
+    std::int64_t sum = 0;
+    bool has_empty_middle = false;
+    for (std::size_t i = 0; i < p.layers.size(); ++i) {
+      sum += p.layers[i];
+      // The first stage has the embedding and the last the head; one between them would have
+      // nothing.
+      if (p.layers[i] == 0 && i > 0 && i + 1 < p.layers.size()) has_empty_middle = true;
+    }
+    if (p.stages > 0 && static_cast<int>(p.layers.size()) != p.stages)
+      report(
+          place_of({"parallelism.layers"}), "E203", "parallelism.layers",
+          fmt::format("parallelism.layers has {} entries for {} stages", p.layers.size(), p.stages),
+          "one entry per stage");
+    else if (layers > 0 && sum != layers)
+      report(place_of({"parallelism.layers"}), "E203", "parallelism.layers",
+             fmt::format("parallelism.layers [{}] adds up to {}; the model has {} blocks",
+                         joined(p.layers), sum, layers),
+             fmt::format("entries that add up to {}", layers));
+    else if (has_empty_middle)
+      report(place_of({"parallelism.layers"}), "E203", "parallelism.layers",
+             "parallelism.layers leaves a middle stage without blocks",
+             "0 only for the first and the last stage");
+  }
+  if (p.stages == 0 || p.replicas == 0 || has_problem_at("elasticity.workers")) return;
+  const int workers = p.stages * p.replicas;
+  const bool is_given = at("elasticity.workers") != nullptr;
+  if (workers > limits::worker_count_max) {
+    report(place_of({"parallelism.replicas", "parallelism.stages"}), "E102", "parallelism.replicas",
+           fmt::format("{} stages x {} replicas is {} workers", p.stages, p.replicas, workers),
+           fmt::format("at most {} workers", limits::worker_count_max));
+  } else if (!is_given) {
+    e.workers_min = e.workers_max = workers;
+  } else if (workers > e.workers_min) {
+    report(place_of({"elasticity.workers"}), "E205", "elasticity.workers",
+           fmt::format("the explicit layout of {} stages x {} replicas needs {} workers, "
+                       "elasticity.workers allows {}",
+                       p.stages, p.replicas, workers, e.workers_min),
+           fmt::format("workers: {}, or parallelism: {{mode: auto}}", workers));
+  }
+}
+
+void spec_reader::read_checkpoint(section& top) {
+  checkpoint_spec& c = spec_.checkpoint;
+  section s = open(top, "checkpoint");
+  const auto read_every = [this, &c](const yaml_node& n, const std::string& path) {
+    if (!is_text(n, path) || n.text == "never") return;
+    const auto ms = parse_duration_ms(n.text);
+    if (!ms) {
+      if (const auto steps = steps_of(n, path, 1)) c.every_steps = *steps;
+    } else if (*ms < 1'000 || *ms > duration_ms_max) {
+      report(n.place, "E102", path, fmt::format("{} {} is out of range", path, n.text),
+             "1s to 366d, or a number of steps");
+    } else {
+      c.every_ms = *ms;
+    }
+  };
+  if (const yaml_node* n = s.find("every")) {
+    if (n->is != shape::list) {
+      read_every(*n, "checkpoint.every");
+    } else if (n->items.size() > 2) {
+      report(n->place, "E006", "checkpoint.every", "checkpoint.every has more than two entries",
+             "every: [500 steps, 10m], whichever comes first");
+    } else {
+      for (std::size_t i = 0; i < n->items.size(); ++i)
+        read_every(n->items[i], fmt::format("checkpoint.every.{}", i));
+    }
+  }
+  section keep = open(s, "keep");
+  read_small(keep, "last", c.keep_last, 1, 1'000'000);
+  if (const yaml_node* n = find_text(keep, "every"); n && n->text != "never")
+    read_steps(keep, "every", c.keep_every_steps, 1);
+  refuse(keep, "best", {"0"}, "keep: {last: 3, every: 10000 steps}");
+  finish(keep);
+  read_path(s, "store", c.store);
+  read_choice(s, "placement", c.placement, {"shared", "two"});
+  refuse(s, "async", {}, "remove async");
+  finish(s);
+}
+
+void spec_reader::read_resources(section& top) {
+  section s = open(top, "resources");
+  read_choice(s, "device", spec_.device, {"cpu"}, {"gpu", "cuda"});
+  refuse(s, "memory", {}, "remove memory; use labels to choose workers");
+  section labels = open(s, "labels");
+  if (labels.is_present()) {
+    const yaml_node& map = *labels.node();
+    if (map.keys.size() > label_count_max)
+      report(labels.place(), "E008", "resources.labels",
+             fmt::format("resources.labels has {} entries", map.keys.size()),
+             fmt::format("at most {}", label_count_max));
+    for (std::size_t i = 0; i < map.keys.size() && i < label_count_max; ++i) {
+      const std::string path = dotted("resources.labels", map.keys[i]);
+      if (!is_text(map.items[i], path)) continue;
+      const std::size_t most = limits::name_bytes_max;
+      if (map.keys[i].empty() || map.keys[i].size() > most || map.items[i].text.size() > most)
+        report(map.key_places[i], "E007", path,
+               fmt::format("the label {} or its value is empty or too long", quoted(map.keys[i])),
+               fmt::format("at most {} bytes each", most));
+      else
+        spec_.labels[map.keys[i]] = map.items[i].text;
+    }
+  }
+  finish(s);
+}
+
+void spec_reader::read_observe(section& top) {
+  section s = open(top, "observe");
+  if (const auto q = read_quantity(s, "log_every", "steps", {"steps"})) {
+    if (q->count < 1 || q->count > limits::step_count_max)
+      report(place_of({"observe.log_every"}), "E102", "observe.log_every",
+             fmt::format("observe.log_every {} is out of range", q->count), "1 step or more");
+    else
+      spec_.log_every_steps = q->count;
+  }
+  refuse(s, "tensorboard", {}, "remove tensorboard; see  stagecoach metrics JOB --csv");
+  refuse(s, "trace", {}, "remove trace");
+  finish(s);
+}
+
+void spec_reader::check_model() {
+  model_spec& m = spec_.model;
+  const bool has_vocab = at("model.vocab_size") != nullptr;
+  if (m.vocab_size == 0 && !has_vocab && spec_.data.tokenizer == "bytes") m.vocab_size = 256;
+  if (m.vocab_size == 0 && !has_vocab && m.n_layer > 0 && !has_problem_at("model.preset"))
+    report(place_of({"model"}), "E005", "model.vocab_size",
+           "model.vocab_size is missing; only the bytes tokenizer implies it (256)",
+           "add  vocab_size: 50257, the tokenizer's");
+  if (m.vocab_size > 0 && m.vocab_size < 256 && spec_.data.tokenizer == "bytes")
+    report(place_of({"model.vocab_size", "model.preset"}), "E107", "model.vocab_size",
+           fmt::format("model.vocab_size {} is less than the 256 tokens of the bytes tokenizer",
+                       m.vocab_size),
+           "vocab_size: 256");
+  if (m.d_model > 0 && m.n_head > 0 && m.d_model % m.n_head != 0) {
+    const std::int64_t head_size = std::max<std::int64_t>(
+        1, (2 * m.d_model + m.n_head) / (2 * m.n_head));  // rounded to the nearest
+    report(place_of({"model.d_model", "model.n_head", "model.preset"}), "E104", "model.d_model",
+           fmt::format("model.d_model {} is not divisible by model.n_head {}", m.d_model, m.n_head),
+           fmt::format("use d_model: {} ({} heads of {}), or n_head: {}", head_size * m.n_head,
+                       m.n_head, head_size, any_of(nearest_divisors(m.d_model, m.n_head))));
+  }
+  if (m.n_layer == 0 || m.d_model == 0 || m.d_ff == 0 || m.vocab_size == 0 || m.context == 0)
+    return;
+  // 4 C^2 + 2 C F + F + 9 C per block, 2 C for the last norm, (V + T) C for the two tables. The
+  // limits keep C and F small enough for one block; the product with the layer count is checked.
+  const std::int64_t block =
+      4 * m.d_model * m.d_model + 2 * m.d_model * m.d_ff + m.d_ff + 9 * m.d_model;
+  const std::int64_t tables = (m.vocab_size + m.context + 2) * m.d_model;
+  std::int64_t total = 0;
+  if (__builtin_mul_overflow(block, m.n_layer, &total) ||
+      __builtin_add_overflow(total, tables, &total) || total > parameter_count_max)
+    report(place_of({"model.d_ff", "model.d_model", "model"}), "E105", "model",
+           "the model has more than 2^50 parameters", "a smaller n_layer, d_model or d_ff");
+}
+
+job_spec spec_reader::read() {
+  if (root_.is != shape::map) {
+    report(root_.place, "E006", "",
+           root_.is == shape::empty
+               ? std::string("the job file is empty")
+               : fmt::format("the job file is {}; expected a map of keys", shape_name(root_.is)),
+           "begin with  version: 1, or write a starter file with  stagecoach init");
+    return spec_;
+  }
+  section top(&root_, "", root_.place);
+  // Order matters: batch needs the model's context and the worker count, steps need the batch.
+  read_head(top);
+  read_model(top);
+  read_data(top);
+  check_model();
+  read_elasticity(top);
+  read_batch(top);
+  read_optimizer(top);
+  read_stop_and_schedule(top);
+  read_precision(top);
+  read_eval(top);
+  read_parallelism(top);
+  read_checkpoint(top);
+  read_resources(top);
+  read_observe(top);
+  finish(top);
+  return spec_;
+}
+
+// ---------------------------------------------------------------- overrides and places
+
+/// Puts the value at a dotted path, making the maps on the way. Empty on success, else what is
+/// wrong.
+std::string put(yaml_node& root, std::string_view path, yaml_node value, yaml_place place) {
+  yaml_node* n = &root;
+  std::string walked;
+  while (true) {
+    const std::size_t dot = std::min(path.find('.'), path.size());
+    const std::string key(path.substr(0, dot));
+    const bool is_last = dot == path.size();
+    if (key.empty()) return "the path has an empty part";
+    yaml_node* next = nullptr;
+    if (n->is == shape::empty) {
+      n->is = shape::map;
+      n->place = place;
+    }
+    if (n->is == shape::list) {
+      const auto index = parse_count(key);
+      if (!index || *index < 0 || *index >= static_cast<std::int64_t>(n->items.size()))
+        return fmt::format("{} is a list of {}; {} is not an index of it", walked, n->items.size(),
+                           quoted(key));
+      next = &n->items[static_cast<std::size_t>(*index)];
+    } else if (n->is == shape::map) {
+      for (std::size_t i = 0; i < n->keys.size(); ++i)
+        if (n->keys[i] == key) {
+          next = &n->items[i];
+          if (is_last) n->key_places[i] = place;
+        }
+      if (!next) {
+        n->keys.push_back(key);
+        n->key_places.push_back(place);
+        n->items.emplace_back();
+        n->items.back().place = place;
+        next = &n->items.back();
+      }
+    } else {
+      return fmt::format("{} is a single value and has no key {}", quoted(walked), quoted(key));
+    }
+    if (is_last) {
+      *next = std::move(value);
+      return {};
+    }
+    n = next;
+    walked = dotted(walked, key);
+    path.remove_prefix(dot + 1);
+  }
+}
+
+void apply_override(yaml_node& root, const std::string& text, int source,
+                    std::vector<yaml_problem>& problems) {
+  const yaml_place place{source, 0, 0};
+  const auto refuse = [&problems, place](std::string message) {
+    problems.push_back(
+        {place, "E010", {}, std::move(message), "--set path=value, such as --set batch.micro=8"});
+  };
+  const std::size_t equals = text.find('=');
+  if (equals == std::string::npos) return refuse("an override without =");
+  const std::string_view path = std::string_view(text).substr(0, equals);
+  if (std::count(path.begin(), path.end(), '.') >= limits::spec_depth_max)
+    return refuse("the path has too many parts");
+  for (std::size_t i = 0; i < path.size(); ++i)
+    if (path[i] <= ' ' || path[i] > '~') return refuse("the path holds a byte that no key has");
+  const std::size_t problems_before = problems.size();
+  yaml_node value = read_yaml_tree(std::string_view(text).substr(equals + 1), source, problems);
+  if (problems.size() != problems_before) return;
+  if (value.is == shape::empty) value.place = place;
+  std::string wrong = put(root, path, std::move(value), place);
+  if (!wrong.empty()) refuse(std::move(wrong));
+}
+
+std::vector<std::string_view> split_lines(std::string_view text) {
+  if (text.substr(0, 3) == "\xEF\xBB\xBF") text.remove_prefix(3);
+  std::vector<std::string_view> lines;
+  while (true) {
+    const std::size_t end = std::min(text.find('\n'), text.size());
+    std::string_view line = text.substr(0, end);
+    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+    lines.push_back(line);
+    if (end == text.size()) return lines;
+    text.remove_prefix(end + 1);
+  }
+}
+
+/// One printable character per character of the source line, so that columns stay what they are.
+std::string printable(std::string_view line) {
+  std::string out;
+  for (std::size_t i = 0; i < line.size();) {
+    const std::size_t length = utf8_length(line, i);
+    const auto first = static_cast<unsigned char>(line[i]);
+    const bool is_c1 =
+        first == 0xC2 && length == 2 && static_cast<unsigned char>(line[i + 1]) < 0xA0;
+    if (length == 0 || first < 0x20 || first == 0x7F || is_c1)
+      out += first == '\t' ? " " : "?";
+    else
+      out += line.substr(i, length);
+    i += std::max<std::size_t>(length, 1);
+  }
+  return out;
+}
+
+int code_point_column(std::string_view line, int byte_column) {
+  int column = 1;
+  const std::size_t end = std::min(line.size(), static_cast<std::size_t>(byte_column));
+  for (std::size_t i = 0; i < end; i += std::max<std::size_t>(utf8_length(line, i), 1)) ++column;
+  return column;
+}
+
+std::string cut(std::string text, std::size_t bytes_max) {
+  if (text.size() <= bytes_max) return text;
+  std::size_t end = bytes_max;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  text.resize(end);
+  return text + "...";
+}
+
+std::vector<spec_problem> with_places(std::vector<yaml_problem> found, std::string_view text,
+                                      const std::string& file_name,
+                                      const std::vector<std::string>& overrides) {
+  std::stable_sort(found.begin(), found.end(), [](const yaml_problem& a, const yaml_problem& b) {
+    return std::tie(a.place.source, a.place.line, a.place.column) <
+           std::tie(b.place.source, b.place.line, b.place.column);
+  });
+  if (found.size() > problem_count_max) found.resize(problem_count_max);
+  const std::vector<std::string_view> lines = split_lines(text);
+  std::vector<spec_problem> out;
+  for (yaml_problem& p : found) {
+    spec_problem q;
+    q.code = std::move(p.code);
+    q.path = cut(std::move(p.path), 200);
+    q.message = cut(std::move(p.message), 1000);
+    q.fix = cut(std::move(p.fix), 1000);
+    if (p.place.source > 0) {
+      const std::string& set = overrides[static_cast<std::size_t>(p.place.source - 1)];
+      q.file = "--set " + cut(printable(set), 200);
+    } else {
+      q.file = file_name;
+      const auto line = static_cast<std::size_t>(p.place.line);
+      const std::string_view source = line < lines.size() ? lines[line] : std::string_view{};
+      q.line = p.place.line + 1;
+      q.column = code_point_column(source, p.place.column);
+      // A line that long is no help on a screen.
+      constexpr std::size_t shown_bytes_max = 400;
+      if (source.size() <= shown_bytes_max) q.source_line = printable(source);
+    }
+    out.push_back(std::move(q));
+  }
+  return out;
+}
+
+/// Cells of a character on a terminal: Hangul, Han and kana take two.
+int cell_count(std::string_view character) {
+  std::uint32_t code = static_cast<unsigned char>(character[0]);
+  if (character.size() == 3) code &= 0x0F;
+  if (character.size() == 4) code &= 0x07;
+  for (std::size_t i = 1; i < character.size(); ++i)
+    code = code << 6 | (static_cast<unsigned char>(character[i]) & 0x3F);
+  if (character.size() < 3) return 1;
+  const bool is_wide = (code >= 0x1100 && code <= 0x115F) || (code >= 0x2E80 && code <= 0xA4CF) ||
+                       (code >= 0xAC00 && code <= 0xD7A3) || (code >= 0xF900 && code <= 0xFAFF) ||
+                       (code >= 0xFF00 && code <= 0xFF60) || (code >= 0x1F300 && code <= 0x1FAFF) ||
+                       (code >= 0x20000 && code <= 0x3FFFD);
+  return is_wide ? 2 : 1;
+}
+
+/// Spaces up to the column, then one ^ per cell of the word that stands there.
+std::string mark_under(std::string_view line, int column) {
+  std::string out;
+  std::size_t i = 0;
+  for (int c = 1; c < column && i < line.size(); ++c) {
+    const std::size_t length = std::max<std::size_t>(utf8_length(line, i), 1);
+    out.append(static_cast<std::size_t>(cell_count(line.substr(i, length))), ' ');
+    i += length;
+  }
+  const std::size_t begin = i;
+  const char quote = i < line.size() && (line[i] == '"' || line[i] == '\'') ? line[i] : '\0';
+  while (i < line.size()) {
+    const char c = line[i];
+    if (quote ? (c == quote && i > begin) : (c == ' ' || c == ',' || c == ']' || c == '}')) break;
+    // A colon ends a key, but not the prefix of hf:DIR.
+    if (!quote && c == ':' && (i + 1 == line.size() || line[i + 1] == ' ')) break;
+    const std::size_t length = std::max<std::size_t>(utf8_length(line, i), 1);
+    out.append(static_cast<std::size_t>(cell_count(line.substr(i, length))), '^');
+    i += length;
+    if (!quote && i - begin == 1 && (c == '[' || c == '{')) break;
+  }
+  if (quote && i < line.size()) out += '^';
+  if (i == begin) out += '^';
+  return out;
+}
+
+}  // namespace
+
+std::int64_t resolve_micro_sequences(std::int64_t global_sequences, std::int64_t sequence_tokens,
+                                     int workers_max) {
+  const std::int64_t microbatches_min = std::max<std::int64_t>(4, std::int64_t{2} * workers_max);
+  std::int64_t best = 1;
+  for (std::int64_t micro = 2; micro <= global_sequences; micro *= 2) {
+    if (global_sequences % micro != 0 || micro * sequence_tokens > micro_tokens_max ||
+        global_sequences / micro < microbatches_min)
+      break;  // none of the three gets better with a larger micro
+    best = micro;
+  }
+  return best;
+}
+
+spec_result parse_job_spec(std::string_view text, const std::string& file_name,
+                           const std::vector<std::string>& overrides) {
+  spec_result out;
+  std::vector<yaml_problem> problems;
+  yaml_node root = read_yaml_tree(text, 0, problems);
+  const bool is_readable = std::all_of(problems.begin(), problems.end(),
+                                       [](const yaml_problem& p) { return p.code == "E003"; });
+  if (is_readable) {
+    for (std::size_t i = 0; i < overrides.size(); ++i)
+      apply_override(root, overrides[i], static_cast<int>(i) + 1, problems);
+    spec_reader reader(root);
+    job_spec spec = reader.read();
+    for (yaml_problem& p : reader.take_problems()) problems.push_back(std::move(p));
+    if (problems.empty()) out.spec = std::move(spec);
+  }
+  out.problems = with_places(std::move(problems), text, file_name, overrides);
+  return out;
+}
+
+std::string format_problems(const std::vector<spec_problem>& problems) {
+  if (problems.empty()) return {};
+  std::string out;
+  for (const spec_problem& p : problems) {
+    const std::string place =
+        p.line > 0 ? fmt::format("{}:{}:{}", p.file, p.line, p.column) : p.file;
+    out += fmt::format("{}: error[{}]: {}\n", place, p.code, p.message);
+    if (p.line > 0 && !p.source_line.empty()) {
+      out += fmt::format("{:>5} | {}\n", p.line, p.source_line);
+      out += fmt::format("      | {}\n", mark_under(p.source_line, p.column));
+    }
+    if (!p.fix.empty()) out += fmt::format("  fix: {}\n", p.fix);
+  }
+  out += fmt::format("{} error{}; nothing was submitted\n", problems.size(),
+                     problems.size() == 1 ? "" : "s");
+  return out;
+}
+
+}  // namespace stagecoach
