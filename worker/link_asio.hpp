@@ -1,14 +1,16 @@
 // Links over TCP (and TLS), with their own io thread: listener, dialling, beats, suspicion.
 //
-// One link_server per worker process, one listening port for all jobs. open() makes the link_set of one
-// generation: the lower rank dials the higher, both greet with (protocol, job, generation, plan hash, from
-// rank, to rank); a greeting for a generation this worker does not know yet waits a bounded time.
-// Each frame: magic, job, generation, plan hash, step, tag, number, length, XXH3-64 of the payload.
-// Sizes are checked against limits and the set's frame_bytes_max before any allocation.
-// Beats every 100 ms from the io thread; a peer silent for 1 s is suspected, a closed socket is lost.
+// One link_server per worker process, one listening port for all jobs. open() makes the link_set of
+// one generation: the lower rank dials the higher, both greet with (protocol, job, generation, plan
+// hash, from rank, to rank); a greeting for a generation this worker does not know yet waits a
+// bounded time. Each frame: magic, job, generation, plan hash, step, tag, number, length, XXH3-64
+// of the payload. Sizes are checked against limits and the set's frame_bytes_max before any
+// allocation. Beats every 100 ms from the io thread; a peer silent for 1 s is suspected, a closed
+// socket is lost.
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -23,7 +25,7 @@
 namespace stagecoach {
 
 struct link_peer {
-  std::string name;   // worker's name, for messages
+  std::string name;  // worker's name, for messages
   std::string host;
   std::uint16_t port = 0;
 };
@@ -34,27 +36,32 @@ class link_server {
  public:
   struct options {
     std::string host = "127.0.0.1";
-    std::uint16_t port = 0;                       // 0: any free one
-    tls_files tls;                                // mutual: both ends must show role `worker`
+    std::uint16_t port = 0;  // 0: any free one
+    tls_files tls;           // mutual: both ends must show role `worker`
     std::chrono::milliseconds beat{100};
     std::chrono::milliseconds suspect_after{1000};
     std::chrono::milliseconds connect_within{5000};
+    std::size_t queue_bytes_max = 0;  // per peer and way; 0: max(256 MiB, 64 frames)
   };
   static result<std::unique_ptr<link_server>> start(const options& o);
   virtual ~link_server() = default;
   virtual std::uint16_t port() const = 0;
 
-  /// Connects all pairs of the generation; returns when every link stands, or fails (unreachable, names the
-  /// peer; cancelled when the returned set's cancel or abandon(generation) is called meanwhile).
-  /// on_event is called from the io thread with the peer's rank and why ("connection reset by peer").
+  /// Connects all pairs of the generation; returns when every link stands. The peers' names must be
+  /// those in their certificates, under TLS.
+  /// Fails: unreachable (names the peer and the last cause), unauthorised (a certificate does not
+  /// fit), conflict (a newer generation of the job is open here), cancelled (by abandon). Opening a
+  /// generation cancels the set of an older one of that job. on_event is called from the io thread
+  /// with the peer's rank and why ("connection reset by peer"); it must not wait for a thread that
+  /// destroys the set, since that one waits for a call in progress.
   virtual result<std::unique_ptr<link_set>> open(
       job_id job, generation_id generation, int rank, const std::vector<link_peer>& peers,
       std::size_t frame_bytes_max,
       std::function<void(int peer, peer_event what, std::string why)> on_event) = 0;
-  /// Makes an open() in progress for this job return cancelled.
+  /// Makes an open() in progress for this job return cancelled; a set that stands is left alone.
   virtual void abandon(job_id job) = 0;
 
-  virtual std::uint64_t stale_frames() const = 0;     // dropped: other identity
+  virtual std::uint64_t stale_frames() const = 0;  // dropped: other identity
   virtual std::uint64_t refused_connections() const = 0;
 };
 

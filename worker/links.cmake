@@ -1,11 +1,24 @@
 # Links between the workers of one generation.
-add_library(sc_links STATIC link_memory.cpp)
+
+# Asio's body, compiled once; whoever uses Asio in this house links it and sees declarations only.
+add_library(sc_asio STATIC asio_impl.cpp)
+target_compile_definitions(sc_asio PUBLIC BOOST_ASIO_SEPARATE_COMPILATION)
+target_link_libraries(sc_asio PUBLIC Boost::headers OpenSSL::SSL OpenSSL::Crypto Threads::Threads
+                      PRIVATE house_sanitizers)
+
+add_library(sc_links STATIC link_memory.cpp link_frame.cpp link_asio.cpp)
 target_link_libraries(sc_links
   PUBLIC sc_config
-  PRIVATE sc_log OpenSSL::SSL OpenSSL::Crypto Boost::headers PkgConfig::XXHASH Threads::Threads)
+  PRIVATE sc_log sc_asio sc_tls PkgConfig::XXHASH)
 
 add_executable(test_links
   ${CMAKE_SOURCE_DIR}/tests/doctest_main.cpp
-  ${CMAKE_SOURCE_DIR}/tests/link_memory_test.cpp)
-target_link_libraries(test_links PRIVATE sc_links doctest::doctest Threads::Threads)
+  ${CMAKE_SOURCE_DIR}/tests/link_memory_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/link_frame_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/link_asio_test.cpp)
+target_link_libraries(test_links PRIVATE sc_links sc_log OpenSSL::Crypto doctest::doctest PkgConfig::XXHASH)
 add_test(NAME links COMMAND test_links)
+
+add_executable(fuzz_link_frame ${CMAKE_SOURCE_DIR}/tests/fuzz/link_frame_fuzz.cpp)
+target_link_libraries(fuzz_link_frame PRIVATE sc_links PkgConfig::XXHASH)
+add_test(NAME fuzz_link_frame COMMAND fuzz_link_frame)
