@@ -156,32 +156,32 @@ std::string starter_job_yaml(const preset& p) {
   train: [{path: train.bin, format: llmc}]    # text | llmc | nanogpt
   valid: [{path: valid.bin, format: llmc}]
 )";
-  const std::string batch = is_bytes ? "64 sequences " : "512Ki tokens ";
+  const std::string batch = is_bytes ? "64 sequences" : "512Ki tokens";
   const std::string stop = is_bytes ? "{steps: 2000}" : "{tokens: 10B}";
-  const std::string warmup = is_bytes ? "100 steps   " : "375M tokens ";
+  const std::string warmup = is_bytes ? "100 steps" : "375M tokens";
   return fmt::format(R"(# {about}
 version: 1                          # of this file's format
-name: {name}                        # a-z, 0-9 and -; unique among live jobs
+name: {name:<30}# a-z, 0-9 and -; unique among live jobs
 
 model:
-  preset: {preset}                  # {n_layer} layers, {d_model} wide, {n_head} heads, context {context}
+  preset: {preset:<26}# {n_layer} layers, {d_model} wide, {n_head} heads, context {context}
   # n_layer, d_model, n_head, d_ff, vocab_size and context here override the preset
   init: {{seed: 1234, std: 0.02}}     # or  init: hf:DIR  |  init: checkpoint:JOB@STEP
 
 {data}  shuffle_seed: 1234                # the order of samples is a pure function of it
 
 batch:
-  global: {batch}             # per step, over all replicas; never changes with the worker count
+  global: {batch:<26}# per step, over all replicas; never changes with the worker count
   micro: auto                       # sequences per microbatch
   leaves: auto                      # units of exact summation; fixed with the job
 
-optimizer: {{type: adamw, lr: {lr}, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0}}
+optimizer: {{type: adamw, lr: {lr:g}, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0}}
 schedule:
   type: cosine                      # or constant
-  warmup: {warmup}              # or a number of {other_unit}
-  min_lr: {min_lr}
+  warmup: {warmup:<26}# or a number of {other_unit}
+  min_lr: {min_lr:g}
 precision: fp32
-stop: {stop}                # steps, tokens or both; the first one reached wins
+stop: {stop:<30}# steps, tokens or both; the first one reached wins
 eval: {{every: 250 steps, batches: 20}}
 
 parallelism: {{mode: auto}}           # or  {{stages: 2, replicas: 1, schedule: 1f1b}}  (1f1b | gpipe)

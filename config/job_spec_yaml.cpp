@@ -141,6 +141,12 @@ class section {
   const std::string& path() const { return path_; }
   yaml_place place() const { return place_; }
   std::string path_of(std::string_view key) const { return dotted(path_, key); }
+  /// Where the key stands; the section's own place where it is absent.
+  yaml_place key_place(std::string_view key) const {
+    for (std::size_t i = 0; node_ && i < node_->keys.size(); ++i)
+      if (node_->keys[i] == key) return node_->key_places[i];
+    return place_;
+  }
   const std::set<std::string>& known() const { return known_; }
   bool knows(const std::string& key) const { return known_.count(key) + quiet_.count(key) > 0; }
 
@@ -289,9 +295,7 @@ section spec_reader::open(section& parent, const char* key) {
   const yaml_node* n = parent.find(key);
   // `resources:` with everything under it commented out is an empty section.
   if (!n || n->is == shape::empty) return {nullptr, parent.path_of(key), parent.place()};
-  yaml_place place = n->place;
-  for (std::size_t i = 0; i < parent.node()->keys.size(); ++i)
-    if (parent.node()->keys[i] == key) place = parent.node()->key_places[i];
+  const yaml_place place = parent.key_place(key);
   if (n->is != shape::map) {
     report(n->place, "E006", parent.path_of(key),
            fmt::format("{} is {}; expected a map of keys", parent.path_of(key), shape_name(n->is)),
@@ -531,7 +535,8 @@ void spec_reader::refuse(section& s, const char* key, const std::vector<std::str
     return;
   const std::string path = s.path_of(key);
   const std::string value = n->is == shape::text ? " " + quoted(n->text) : "";
-  report(n->place, "E004", path, fmt::format("{}{} {}", path, value, not_now), fix);
+  report(n->is == shape::text ? n->place : s.key_place(key), "E004", path,
+         fmt::format("{}{} {}", path, value, not_now), fix);
 }
 
 // ---------------------------------------------------------------- sections
@@ -576,7 +581,8 @@ void spec_reader::read_model(section& top) {
       report(n->place, "E101", "model.preset",
              fmt::format("unknown preset {}{}", quoted(n->text),
                          meant ? fmt::format("; did you mean \"{}\"?", *meant) : ""),
-             fmt::format("one of {}, custom", joined(preset_names())));
+             meant ? fmt::format("preset: {}", *meant)
+                   : fmt::format("one of {}, custom", joined(preset_names())));
     }
   }
   read_integer(s, "n_layer", m.n_layer, 1, limits::layer_count_max);
@@ -1285,53 +1291,6 @@ job_spec spec_reader::read() {
 
 // ---------------------------------------------------------------- overrides and places
 
-/// Puts the value at a dotted path, making the maps on the way. Empty on success, else what is
-/// wrong.
-std::string put(yaml_node& root, std::string_view path, yaml_node value, yaml_place place) {
-  yaml_node* n = &root;
-  std::string walked;
-  while (true) {
-    const std::size_t dot = std::min(path.find('.'), path.size());
-    const std::string key(path.substr(0, dot));
-    const bool is_last = dot == path.size();
-    if (key.empty()) return "the path has an empty part";
-    yaml_node* next = nullptr;
-    if (n->is == shape::empty) {
-      n->is = shape::map;
-      n->place = place;
-    }
-    if (n->is == shape::list) {
-      const auto index = parse_count(key);
-      if (!index || *index < 0 || *index >= static_cast<std::int64_t>(n->items.size()))
-        return fmt::format("{} is a list of {}; {} is not an index of it", walked, n->items.size(),
-                           quoted(key));
-      next = &n->items[static_cast<std::size_t>(*index)];
-    } else if (n->is == shape::map) {
-      for (std::size_t i = 0; i < n->keys.size(); ++i)
-        if (n->keys[i] == key) {
-          next = &n->items[i];
-          if (is_last) n->key_places[i] = place;
-        }
-      if (!next) {
-        n->keys.push_back(key);
-        n->key_places.push_back(place);
-        n->items.emplace_back();
-        n->items.back().place = place;
-        next = &n->items.back();
-      }
-    } else {
-      return fmt::format("{} is a single value and has no key {}", quoted(walked), quoted(key));
-    }
-    if (is_last) {
-      *next = std::move(value);
-      return {};
-    }
-    n = next;
-    walked = dotted(walked, key);
-    path.remove_prefix(dot + 1);
-  }
-}
-
 void apply_override(yaml_node& root, const std::string& text, int source,
                     std::vector<yaml_problem>& problems) {
   const yaml_place place{source, 0, 0};
@@ -1433,47 +1392,6 @@ std::vector<spec_problem> with_places(std::vector<yaml_problem> found, std::stri
   return out;
 }
 
-/// Cells of a character on a terminal: Hangul, Han and kana take two.
-int cell_count(std::string_view character) {
-  std::uint32_t code = static_cast<unsigned char>(character[0]);
-  if (character.size() == 3) code &= 0x0F;
-  if (character.size() == 4) code &= 0x07;
-  for (std::size_t i = 1; i < character.size(); ++i)
-    code = code << 6 | (static_cast<unsigned char>(character[i]) & 0x3F);
-  if (character.size() < 3) return 1;
-  const bool is_wide = (code >= 0x1100 && code <= 0x115F) || (code >= 0x2E80 && code <= 0xA4CF) ||
-                       (code >= 0xAC00 && code <= 0xD7A3) || (code >= 0xF900 && code <= 0xFAFF) ||
-                       (code >= 0xFF00 && code <= 0xFF60) || (code >= 0x1F300 && code <= 0x1FAFF) ||
-                       (code >= 0x20000 && code <= 0x3FFFD);
-  return is_wide ? 2 : 1;
-}
-
-/// Spaces up to the column, then one ^ per cell of the word that stands there.
-std::string mark_under(std::string_view line, int column) {
-  std::string out;
-  std::size_t i = 0;
-  for (int c = 1; c < column && i < line.size(); ++c) {
-    const std::size_t length = std::max<std::size_t>(utf8_length(line, i), 1);
-    out.append(static_cast<std::size_t>(cell_count(line.substr(i, length))), ' ');
-    i += length;
-  }
-  const std::size_t begin = i;
-  const char quote = i < line.size() && (line[i] == '"' || line[i] == '\'') ? line[i] : '\0';
-  while (i < line.size()) {
-    const char c = line[i];
-    if (quote ? (c == quote && i > begin) : (c == ' ' || c == ',' || c == ']' || c == '}')) break;
-    // A colon ends a key, but not the prefix of hf:DIR.
-    if (!quote && c == ':' && (i + 1 == line.size() || line[i + 1] == ' ')) break;
-    const std::size_t length = std::max<std::size_t>(utf8_length(line, i), 1);
-    out.append(static_cast<std::size_t>(cell_count(line.substr(i, length))), '^');
-    i += length;
-    if (!quote && i - begin == 1 && (c == '[' || c == '{')) break;
-  }
-  if (quote && i < line.size()) out += '^';
-  if (i == begin) out += '^';
-  return out;
-}
-
 }  // namespace
 
 std::int64_t resolve_micro_sequences(std::int64_t global_sequences, std::int64_t sequence_tokens,
@@ -1505,24 +1423,6 @@ spec_result parse_job_spec(std::string_view text, const std::string& file_name,
     if (problems.empty()) out.spec = std::move(spec);
   }
   out.problems = with_places(std::move(problems), text, file_name, overrides);
-  return out;
-}
-
-std::string format_problems(const std::vector<spec_problem>& problems) {
-  if (problems.empty()) return {};
-  std::string out;
-  for (const spec_problem& p : problems) {
-    const std::string place =
-        p.line > 0 ? fmt::format("{}:{}:{}", p.file, p.line, p.column) : p.file;
-    out += fmt::format("{}: error[{}]: {}\n", place, p.code, p.message);
-    if (p.line > 0 && !p.source_line.empty()) {
-      out += fmt::format("{:>5} | {}\n", p.line, p.source_line);
-      out += fmt::format("      | {}\n", mark_under(p.source_line, p.column));
-    }
-    if (!p.fix.empty()) out += fmt::format("  fix: {}\n", p.fix);
-  }
-  out += fmt::format("{} error{}; nothing was submitted\n", problems.size(),
-                     problems.size() == 1 ? "" : "s");
   return out;
 }
 

@@ -295,4 +295,49 @@ yaml_node read_yaml_tree(std::string_view text, int source, std::vector<yaml_pro
   return {};
 }
 
+std::string put(yaml_node& root, std::string_view path, yaml_node value, yaml_place place) {
+  yaml_node* n = &root;
+  std::string walked;
+  while (true) {
+    const std::size_t dot = std::min(path.find('.'), path.size());
+    const std::string key(path.substr(0, dot));
+    const bool is_last = dot == path.size();
+    if (key.empty()) return "the path has an empty part";
+    yaml_node* next = nullptr;
+    if (n->is == yaml_node::shape::empty) {
+      n->is = yaml_node::shape::map;
+      n->place = place;
+    }
+    if (n->is == yaml_node::shape::list) {
+      const auto index = parse_count(key);
+      if (!index || *index < 0 || *index >= static_cast<std::int64_t>(n->items.size()))
+        return fmt::format("{} is a list of {}; {} is not an index of it", walked, n->items.size(),
+                           quoted(key));
+      next = &n->items[static_cast<std::size_t>(*index)];
+    } else if (n->is == yaml_node::shape::map) {
+      for (std::size_t i = 0; i < n->keys.size(); ++i)
+        if (n->keys[i] == key) {
+          next = &n->items[i];
+          if (is_last) n->key_places[i] = place;
+        }
+      if (!next) {
+        n->keys.push_back(key);
+        n->key_places.push_back(place);
+        n->items.emplace_back();
+        n->items.back().place = place;
+        next = &n->items.back();
+      }
+    } else {
+      return fmt::format("{} is a single value and has no key {}", quoted(walked), quoted(key));
+    }
+    if (is_last) {
+      *next = std::move(value);
+      return {};
+    }
+    n = next;
+    walked += walked.empty() ? key : "." + key;
+    path.remove_prefix(dot + 1);
+  }
+}
+
 }  // namespace stagecoach

@@ -46,4 +46,8 @@ yaml_node read_yaml_tree(std::string_view text, int source, std::vector<yaml_pro
 /// Value of a key of a map; nullptr if it isn't a map or has no such key.
 const yaml_node* child(const yaml_node& map, std::string_view key);
 
+/// Puts a value at a dotted path of keys and list indices, making the maps on the way; what was
+/// there is replaced. Returns what is wrong with the path, empty on success.
+std::string put(yaml_node& root, std::string_view path, yaml_node value, yaml_place place);
+
 }  // namespace stagecoach
