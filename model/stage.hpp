@@ -92,7 +92,7 @@ class stage {
 /// Learning rate of a step (1-based) in double: warm-up, cosine to min_lr, then min_lr. Own cosine
 /// (polynomial), since libm's changes bits with the instruction set.
 double learning_rate(const job_spec& spec, std::int64_t step);
-/// The step's scalars: lr, bias corrections (by repeated multiplication in double), grad_scale from the
+/// The step's scalars: lr, bias corrections (powers by squaring, in double), grad_scale from the
 /// global norm.
 adamw_scalars step_scalars(const job_spec& spec, std::int64_t step, double gradient_norm);
 
