@@ -95,8 +95,7 @@ inline double max_error(const tensor& got, const doubles& want) {
   return worst / largest;
 }
 
-// ---- formulas
-// --------------------------------------------------------------------------------------
+// ---- formulas -------------------------------------------------------------------------------
 
 /// y [M,N] = a [M,K] * b [K,N], with either operand stored transposed.
 inline doubles product(const doubles& a, const doubles& b, std::int64_t m, std::int64_t k,

@@ -108,3 +108,18 @@ TEST_CASE("row kernels: avx2 and avx512 give the same bits") {
     CHECK(g1.same_bits(g2));
   }
 }
+
+TEST_CASE("row kernels: transpose turns over any size and writes no more") {
+  std::mt19937 g(12);
+  for (std::int64_t rows : {1, 7, 8, 9, 33, 64})
+    for (std::int64_t columns : {1, 8, 15, 48, 65}) {
+      const tensor from = normal(g, rows * columns, 1, 3);
+      tensor to(columns * rows, 5);
+      row_kernels_avx2.transpose(to, rows, from, columns, rows, columns);
+      bool is_equal = to.has_intact_guards();
+      for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t j = 0; j < columns; ++j)
+          is_equal = is_equal && to[j * rows + i] == from[i * columns + j];
+      CHECK(is_equal);
+    }
+}

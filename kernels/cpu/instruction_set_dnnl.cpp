@@ -66,9 +66,10 @@ instruction_set settle_instruction_set(const std::string& wanted) {
   const auto status = dnnl::set_max_cpu_isa(
       set == instruction_set::avx2 ? dnnl::cpu_isa::avx2 : dnnl::cpu_isa::avx512_core);
   if (status != dnnl::status::success)
-    stop("cpu backend: oneDNN was used before its instruction set could be settled (status " +
-         std::to_string(static_cast<int>(status)) +
-         "). fix: make the backend before any other use of oneDNN");
+    stop(fmt::format(
+        "cpu backend: oneDNN was used before its instruction set could be settled (status "
+        "{}). fix: make the backend before any other use of oneDNN",
+        static_cast<int>(status)));
   settled = set;
   return set;
 }

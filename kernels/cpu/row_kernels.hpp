@@ -59,6 +59,9 @@ struct row_kernels {
   void (*softmax_gradient)(float* logits, std::int64_t ld, const float* max, const float* factor,
                            std::int64_t rows, std::int64_t columns);
 
+  /// to [columns, ld_to] = from [rows, ld_from] turned over
+  void (*transpose)(float* to, std::int64_t ld_to, const float* from, std::int64_t ld_from,
+                    std::int64_t rows, std::int64_t columns);
   /// fp64; count at most a block of kernels/fixed_order.hpp
   double (*sum_of_squares)(const float* x, std::int64_t count);
   void (*adamw)(float* param, float* m, float* v, const float* grad, std::int64_t count,

@@ -98,8 +98,7 @@ STAGECOACH_INLINE float largest(const float* x, int64_t count) {
   return max_lanes(larger(larger(m0, m1), larger(m2, m3)));
 }
 
-// ---- linear
-// ------------------------------------------------------------------------------------------
+// ---- linear ---------------------------------------------------------------------------------
 
 void add_bias(float* y, int64_t ld, const float* bias, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -125,8 +124,7 @@ void column_sums(float* out, const float* x, int64_t ld, int64_t m, int64_t colu
   });
 }
 
-// ---- layer normalisation
-// -----------------------------------------------------------------------------
+// ---- layer normalisation --------------------------------------------------------------------
 
 void layernorm_forward(float* y, float* mean, float* rstd, const float* x, const float* gain,
                        const float* bias, int64_t rows, int64_t c) {
@@ -195,8 +193,45 @@ void layernorm_backward_weight(float* dgain, float* dbias, const float* dy, cons
   });
 }
 
-// ---- elements
-// ----------------------------------------------------------------------------------------
+// ---- transposing ------------------------------------------------------------------------------
+
+typedef float eight __attribute__((vector_size(32)));
+typedef float loose_eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+/// 8 by 8, by pairs of lanes, pairs of pairs, and halves: one instruction each.
+STAGECOACH_INLINE void transpose_8x8(float* to, int64_t ld_to, const float* from, int64_t ld_from) {
+  eight a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const loose_eight*>(from + i * ld_from);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[i + 2 * j + 1] =
+          __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    const eight low = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    const eight high = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    *reinterpret_cast<loose_eight*>(to + i * ld_to) = low;
+    *reinterpret_cast<loose_eight*>(to + (i + 4) * ld_to) = high;
+  }
+}
+
+void transpose(float* to, int64_t ld_to, const float* from, int64_t ld_from, int64_t rows,
+               int64_t columns) {
+  const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+  for (int64_t r = 0; r < whole_rows; r += 8)
+    for (int64_t j = 0; j < whole_columns; j += 8)
+      transpose_8x8(to + j * ld_to + r, ld_to, from + r * ld_from + j, ld_from);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = r < whole_rows ? whole_columns : 0; j < columns; ++j)
+      to[j * ld_to + r] = from[r * ld_from + j];
+}
+
+// ---- elements -------------------------------------------------------------------------------
 
 void gelu_forward(float* y, const float* x, int64_t count) {
   each_vector(count, [&](int64_t i, int64_t n) {
@@ -217,16 +252,31 @@ void add(float* y, const float* a, const float* b, int64_t count) {
 }
 
 double sum_of_squares(const float* x, int64_t count) {
-  double lanes[width] = {};
+  typedef double wide_vec __attribute__((vector_size(64)));
+  typedef float half_vec __attribute__((vector_size(32)));
+  typedef float loose_half_vec __attribute__((vector_size(32), aligned(4), may_alias));
+  constexpr int64_t lanes = 8;
+  const auto square = [](half_vec part) {
+    const wide_vec w = __builtin_convertvector(part, wide_vec);
+    return w * w;
+  };
+  const auto part = [&](int64_t i) {
+    return static_cast<half_vec>(*reinterpret_cast<const loose_half_vec*>(x + i));
+  };
+  wide_vec s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;
-  for (; i + width <= count; i += width)
-    for (int64_t l = 0; l < width; ++l)
-      lanes[l] += static_cast<double>(x[i + l]) * static_cast<double>(x[i + l]);
-  for (int64_t l = 0; i + l < count; ++l)
-    lanes[l] += static_cast<double>(x[i + l]) * static_cast<double>(x[i + l]);
-  for (int64_t half = width / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
+  for (; i + 4 * lanes <= count; i += 4 * lanes) {
+    s0 += square(part(i));
+    s1 += square(part(i + lanes));
+    s2 += square(part(i + 2 * lanes));
+    s3 += square(part(i + 3 * lanes));
+  }
+  for (; i + lanes <= count; i += lanes) s0 += square(part(i));
+  half_vec rest{};
+  __builtin_memcpy(&rest, x + i, static_cast<unsigned long>(count - i) * sizeof(float));
+  s1 += square(rest);
+  const wide_vec sum = (s0 + s2) + (s1 + s3);
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
 void adamw(float* __restrict param, float* __restrict m, float* __restrict v,
@@ -243,8 +293,7 @@ void adamw(float* __restrict param, float* __restrict m, float* __restrict v,
   }
 }
 
-// ---- softmax
-// -----------------------------------------------------------------------------------------
+// ---- softmax --------------------------------------------------------------------------------
 
 STAGECOACH_INLINE void zero(float* p, int64_t count) {
   each_vector(count, [&](int64_t i, int64_t n) { store_upto(p + i, vec{}, n); });
@@ -329,6 +378,7 @@ constexpr row_kernels table{add_bias,
                             causal_softmax_backward,
                             softmax_stats,
                             softmax_gradient,
+                            transpose,
                             sum_of_squares,
                             adamw};
 
