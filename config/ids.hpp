@@ -9,7 +9,8 @@ namespace stagecoach {
 enum class job_id : std::uint64_t {};     // j-000012 on screen; 0 is "none"
 enum class worker_id : std::uint64_t {};  // given by the coordinator at registration; 0 is "none"
 
-/// Random per start of a worker process, so that a restarted worker is never taken for its former self.
+/// Random per start of a worker process, so that a restarted worker is never taken for its former
+/// self.
 using process_id = std::string;  // 32 hex digits
 
 /// Membership epoch of a job; only grows. Every message carries it with the plan's hash.

@@ -5,9 +5,10 @@
 
 namespace stagecoach::limits {
 
-inline constexpr std::int64_t spec_bytes_max = 1 << 20;          // a job file; real ones are 2 KB
-inline constexpr int spec_depth_max = 16;                        // YAML nesting; ours needs 4
-inline constexpr std::int64_t control_message_bytes_max = 4 << 20;  // a plan of 1,024 members is 300 KB
+inline constexpr std::int64_t spec_bytes_max = 1 << 20;  // a job file; real ones are 2 KB
+inline constexpr int spec_depth_max = 16;                // YAML nesting; ours needs 4
+inline constexpr std::int64_t control_message_bytes_max =
+    4 << 20;  // a plan of 1,024 members is 300 KB
 inline constexpr int json_depth_max = 64;
 inline constexpr std::int64_t http_body_bytes_max = 2 << 20;
 inline constexpr std::int64_t http_header_bytes_max = 16 << 10;

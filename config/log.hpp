@@ -23,7 +23,8 @@ struct log_field {
   std::string text;
 };
 
-void log_event(level severity, std::string_view event, std::initializer_list<log_field> fields = {});
+void log_event(level severity, std::string_view event,
+               std::initializer_list<log_field> fields = {});
 
 /// Lines below this severity are dropped; file empty = stderr. Call once from main.
 void configure_log(level least, const std::string& file = {});

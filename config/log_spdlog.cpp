@@ -11,8 +11,8 @@ namespace {
 
 std::shared_ptr<spdlog::logger>& logger() {
   static auto instance = [] {
-    auto made = std::make_shared<spdlog::logger>(
-        "stagecoach", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+    auto made = std::make_shared<spdlog::logger>("stagecoach",
+                                                 std::make_shared<spdlog::sinks::stderr_sink_mt>());
     made->set_pattern("%Y-%m-%dT%H:%M:%S.%eZ %v", spdlog::pattern_time_type::utc);
     made->flush_on(spdlog::level::info);
     return made;
@@ -22,10 +22,14 @@ std::shared_ptr<spdlog::logger>& logger() {
 
 spdlog::level::level_enum translate(level severity) {
   switch (severity) {
-    case level::debug: return spdlog::level::debug;
-    case level::info: return spdlog::level::info;
-    case level::warn: return spdlog::level::warn;
-    case level::error: return spdlog::level::err;
+    case level::debug:
+      return spdlog::level::debug;
+    case level::info:
+      return spdlog::level::info;
+    case level::warn:
+      return spdlog::level::warn;
+    case level::error:
+      return spdlog::level::err;
   }
   return spdlog::level::info;
 }

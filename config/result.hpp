@@ -15,21 +15,21 @@ namespace stagecoach {
 
 /// What a caller may act on. A new one is added only if some caller would act differently on it.
 enum class errc {
-  unexpected,       // a bug or a library's unexplained failure
-  usage,            // unknown flag or argument
-  bad_spec,         // job file or input file is wrong
-  bad_input,        // bytes from outside (network, file) that break their format's rules
-  not_found,        // no such job, worker, checkpoint, file
-  corrupt,          // checksum, size or structure differs from what was written
-  conflict,         // wrong state for this, name taken, stale generation
-  unplaceable,      // valid, but can't be placed now
-  timed_out,        //
-  unreachable,      // the peer refused or did not answer
-  unauthorised,     // certificate, role or token does not allow it
-  disk_full,        // ENOSPC, EDQUOT
-  io,               // any other failure of disk or socket
-  cancelled,        // the caller asked for it
-  too_large,        // over a limit of config/limits.hpp
+  unexpected,    // a bug or a library's unexplained failure
+  usage,         // unknown flag or argument
+  bad_spec,      // job file or input file is wrong
+  bad_input,     // bytes from outside (network, file) that break their format's rules
+  not_found,     // no such job, worker, checkpoint, file
+  corrupt,       // checksum, size or structure differs from what was written
+  conflict,      // wrong state for this, name taken, stale generation
+  unplaceable,   // valid, but can't be placed now
+  timed_out,     //
+  unreachable,   // the peer refused or did not answer
+  unauthorised,  // certificate, role or token does not allow it
+  disk_full,     // ENOSPC, EDQUOT
+  io,            // any other failure of disk or socket
+  cancelled,     // the caller asked for it
+  too_large,     // over a limit of config/limits.hpp
 };
 
 /// Name for logs and JSON: "bad_spec".
@@ -86,5 +86,4 @@ error make_error(errc code, fmt::format_string<A...> format, A&&... args) {
 }  // namespace stagecoach
 
 #define invariant(condition, promise) \
-  ((condition) ? void(0)              \
-               : ::stagecoach::invariant_failed(#condition, promise, __FILE__, __LINE__))
+  ((condition) ? void(0) : ::stagecoach::invariant_failed(#condition, promise, __FILE__, __LINE__))

@@ -1,10 +1,10 @@
 // Links: the direct pipes between the workers of one generation, seen from one rank.
 //
-// A link_set belongs to one generation of one job; frames of any other identity are dropped and counted.
-// Frames between two ranks arrive in order, whole and checksummed, or the link fails. send() never blocks
-// on the peer's progress (it queues; the queue is bounded by what a schedule may have in flight).
-// cancel() makes every present and later call return `cancelled` at once. Thread-safe.
-// Twins: link_memory (threads of one process; tests), link_asio (TCP, TLS).
+// A link_set belongs to one generation of one job; frames of any other identity are dropped and
+// counted. Frames between two ranks arrive in order, whole and checksummed, or the link fails.
+// send() never blocks on the peer's progress (it queues; the queue is bounded by what a schedule
+// may have in flight). cancel() makes every present and later call return `cancelled` at once.
+// Thread-safe. Twins: link_memory (threads of one process; tests), link_asio (TCP, TLS).
 #pragma once
 
 #include <cstddef>
@@ -22,16 +22,16 @@ namespace stagecoach {
 
 /// What a frame is for. With (step, number) it names one message between two ranks.
 enum class link_tag : std::uint32_t {
-  activation = 1,   // number = microbatch
-  gradient,         // number = microbatch
-  leaf_block,       // number = range << 32 | block position
-  reduced_range,    // number = range
-  tied_gradient,    // number = 0: embed's part, 1: head's part
-  vote,             // rank -> 0
-  vote_result,      // 0 -> rank
-  state,            // number = tensor index * 4 + {0 parameter, 1 moment1, 2 moment2}
-  part_copy,        // checkpoint part to a second worker; number = sequence within the file
-  probe,            // test use
+  activation = 1,  // number = microbatch
+  gradient,        // number = microbatch
+  leaf_block,      // number = range << 32 | block position
+  reduced_range,   // number = range
+  tied_gradient,   // number = 0: embed's part, 1: head's part
+  vote,            // rank -> 0
+  vote_result,     // 0 -> rank
+  state,           // number = tensor index * 4 + {0 parameter, 1 moment1, 2 moment2}
+  part_copy,       // checkpoint part to a second worker; number = sequence within the file
+  probe,           // test use
 };
 
 struct link_key {
@@ -47,14 +47,16 @@ class link_set {
   virtual int rank() const = 0;
   virtual int size() const = 0;
 
-  /// Queues a copy of the bytes to a peer.  Fails: cancelled, unreachable (names the peer and the cause).
+  /// Queues a copy of the bytes to a peer.  Fails: cancelled, unreachable (names the peer and the
+  /// cause).
   virtual result<void> send(int to, link_key key, std::span<const std::byte> bytes) = 0;
 
-  /// Waits for the frame with this key from a peer and copies it into `into`, whose size must match.
-  /// Fails: cancelled, unreachable, bad_input (size differs), corrupt (checksum).
+  /// Waits for the frame with this key from a peer and copies it into `into`, whose size must
+  /// match. Fails: cancelled, unreachable, bad_input (size differs), corrupt (checksum).
   virtual result<void> receive(int from, link_key key, std::span<std::byte> into) = 0;
   /// The same where the size is the sender's choice; at most bytes_max.
-  virtual result<std::vector<std::byte>> receive_any(int from, link_key key, std::size_t bytes_max) = 0;
+  virtual result<std::vector<std::byte>> receive_any(int from, link_key key,
+                                                     std::size_t bytes_max) = 0;
 
   /// Idempotent; from any thread.
   virtual void cancel() = 0;
