@@ -3,8 +3,7 @@
 //
 // All in an anonymous namespace and without the standard library: an inline function that both
 // files instantiate would be one symbol, and the linker could keep the copy that an older CPU can't
-// run. GCC cuts the 16-lane vectors into what the instruction set has; the lanes, and so the bits,
-// stay.
+// run. Vectors have 16 lanes whatever the instruction set has, so the bits stay.
 #include <cstdint>
 
 #include "kernels/cpu/row_kernels.hpp"
@@ -14,17 +13,57 @@ namespace stagecoach {
 namespace {
 
 using std::int64_t;
-typedef float vec __attribute__((vector_size(64)));
-typedef float loose_vec __attribute__((vector_size(64), aligned(4), may_alias));
 
 constexpr int64_t width = 16;
 constexpr int64_t unroll = 4;
 constexpr int64_t column_block_rows = 64;
 constexpr float layernorm_eps = 1e-5f;
 
+// `vec` is 16 floats. With AVX-512 that is a register; with AVX2 it is a pair of them, by hand: GCC
+// 12 keeps a vector wider than the machine's in memory and compares it lane by lane, 4 to 8 times
+// slower.
+#ifdef __AVX512F__
+
+typedef float vec __attribute__((vector_size(64)));
+typedef float loose_vec __attribute__((vector_size(64), aligned(4), may_alias));
+
 STAGECOACH_INLINE vec splat(float x) { return math::splat<vec>(x); }
 STAGECOACH_INLINE vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
 STAGECOACH_INLINE void store(float* p, vec x) { *reinterpret_cast<loose_vec*>(p) = x; }
+template <class F, class... V>
+STAGECOACH_INLINE vec by_register(F f, V... x) {
+  return f(x...);
+}
+
+#else
+
+typedef float half __attribute__((vector_size(32)));
+typedef float loose_half __attribute__((vector_size(32), aligned(4), may_alias));
+struct vec {
+  half low, high;
+};
+
+STAGECOACH_INLINE vec splat(float x) { return {math::splat<half>(x), math::splat<half>(x)}; }
+STAGECOACH_INLINE vec load(const float* p) {
+  return {*reinterpret_cast<const loose_half*>(p), *reinterpret_cast<const loose_half*>(p + 8)};
+}
+STAGECOACH_INLINE void store(float* p, vec x) {
+  *reinterpret_cast<loose_half*>(p) = x.low;
+  *reinterpret_cast<loose_half*>(p + 8) = x.high;
+}
+template <class F, class... V>
+STAGECOACH_INLINE vec by_register(F f, V... x) {
+  return {f(x.low...), f(x.high...)};
+}
+STAGECOACH_INLINE vec operator+(vec a, vec b) { return {a.low + b.low, a.high + b.high}; }
+STAGECOACH_INLINE vec operator-(vec a, vec b) { return {a.low - b.low, a.high - b.high}; }
+STAGECOACH_INLINE vec operator*(vec a, vec b) { return {a.low * b.low, a.high * b.high}; }
+STAGECOACH_INLINE vec operator-(vec a, float b) { return {a.low - b, a.high - b}; }
+STAGECOACH_INLINE vec operator*(vec a, float b) { return {a.low * b, a.high * b}; }
+STAGECOACH_INLINE void operator+=(vec& a, vec b) { a = a + b; }
+
+#endif
+
 /// count < 16 values; the other lanes are `rest`.
 STAGECOACH_INLINE vec load_some(const float* p, int64_t count, float rest) {
   vec x = splat(rest);
@@ -34,20 +73,32 @@ STAGECOACH_INLINE vec load_some(const float* p, int64_t count, float rest) {
 STAGECOACH_INLINE void store_some(float* p, vec x, int64_t count) {
   __builtin_memcpy(p, &x, static_cast<unsigned long>(count) * sizeof(float));
 }
-STAGECOACH_INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
+STAGECOACH_INLINE vec larger(vec a, vec b) {
+  return by_register([](auto x, auto y) { return x > y ? x : y; }, a, b);
+}
+STAGECOACH_INLINE vec exp(vec x) {
+  return by_register([](auto part) { return math::exp(part); }, x);
+}
+STAGECOACH_INLINE vec gelu(vec x) {
+  return by_register([](auto part) { return math::gelu(part); }, x);
+}
+STAGECOACH_INLINE vec gelu_slope(vec x) {
+  return by_register([](auto part) { return math::gelu_slope(part); }, x);
+}
 
 /// Lanes i and i+8, then i+4, i+2, i+1.
 STAGECOACH_INLINE float sum_lanes(vec x) {
   float a[width];
-  __builtin_memcpy(a, &x, sizeof a);
-  for (int64_t half = width / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) a[i] = a[i] + a[i + half];
+  store(a, x);
+  for (int64_t step = width / 2; step > 0; step /= 2)
+    for (int64_t i = 0; i < step; ++i) a[i] = a[i] + a[i + step];
   return a[0];
 }
 STAGECOACH_INLINE float max_lanes(vec x) {
-  float m = x[0];
-  for (int64_t i = 1; i < width; ++i) m = x[i] > m ? x[i] : m;
-  return m;
+  float a[width];
+  store(a, x);
+  for (int64_t i = 1; i < width; ++i) a[0] = a[i] > a[0] ? a[i] : a[0];
+  return a[0];
 }
 
 /// Sum over i of term(vector at i): element i in lane i mod 64, the remainder in the first 16, then
@@ -234,14 +285,13 @@ void transpose(float* to, int64_t ld_to, const float* from, int64_t ld_from, int
 // ---- elements -------------------------------------------------------------------------------
 
 void gelu_forward(float* y, const float* x, int64_t count) {
-  each_vector(count, [&](int64_t i, int64_t n) {
-    store_upto(y + i, math::gelu(load_upto(x + i, n, 0)), n);
-  });
+  each_vector(count,
+              [&](int64_t i, int64_t n) { store_upto(y + i, gelu(load_upto(x + i, n, 0)), n); });
 }
 
 void gelu_backward(float* dx, const float* dy, const float* x, int64_t count) {
   each_vector(count, [&](int64_t i, int64_t n) {
-    store_upto(dx + i, load_upto(dy + i, n, 0) * math::gelu_slope(load_upto(x + i, n, 0)), n);
+    store_upto(dx + i, load_upto(dy + i, n, 0) * gelu_slope(load_upto(x + i, n, 0)), n);
   });
 }
 
@@ -252,31 +302,28 @@ void add(float* y, const float* a, const float* b, int64_t count) {
 }
 
 double sum_of_squares(const float* x, int64_t count) {
-  typedef double wide_vec __attribute__((vector_size(64)));
-  typedef float half_vec __attribute__((vector_size(32)));
-  typedef float loose_half_vec __attribute__((vector_size(32), aligned(4), may_alias));
-  constexpr int64_t lanes = 8;
-  const auto square = [](half_vec part) {
-    const wide_vec w = __builtin_convertvector(part, wide_vec);
+  typedef double doubles __attribute__((vector_size(32)));
+  typedef float four __attribute__((vector_size(16)));
+  typedef float loose_four __attribute__((vector_size(16), aligned(4), may_alias));
+  constexpr int64_t lanes = 4, sums = 8;
+  const auto square = [](four part) {
+    const doubles w = __builtin_convertvector(part, doubles);
     return w * w;
   };
-  const auto part = [&](int64_t i) {
-    return static_cast<half_vec>(*reinterpret_cast<const loose_half_vec*>(x + i));
-  };
-  wide_vec s0{}, s1{}, s2{}, s3{};
+  doubles s[sums] = {};
   int64_t i = 0;
-  for (; i + 4 * lanes <= count; i += 4 * lanes) {
-    s0 += square(part(i));
-    s1 += square(part(i + lanes));
-    s2 += square(part(i + 2 * lanes));
-    s3 += square(part(i + 3 * lanes));
+  for (; i + sums * lanes <= count; i += sums * lanes)
+    for (int64_t j = 0; j < sums; ++j)
+      s[j] += square(*reinterpret_cast<const loose_four*>(x + i + j * lanes));
+  for (; i < count; i += lanes) {
+    const int64_t n = count - i < lanes ? count - i : lanes;
+    four part{};
+    __builtin_memcpy(&part, x + i, static_cast<unsigned long>(n) * sizeof(float));
+    s[0] += square(part);
   }
-  for (; i + lanes <= count; i += lanes) s0 += square(part(i));
-  half_vec rest{};
-  __builtin_memcpy(&rest, x + i, static_cast<unsigned long>(count - i) * sizeof(float));
-  s1 += square(rest);
-  const wide_vec sum = (s0 + s2) + (s1 + s3);
-  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+  for (int64_t step = sums / 2; step > 0; step /= 2)
+    for (int64_t j = 0; j < step; ++j) s[j] += s[j + step];
+  return (s[0][0] + s[0][2]) + (s[0][1] + s[0][3]);
 }
 
 void adamw(float* __restrict param, float* __restrict m, float* __restrict v,
@@ -306,7 +353,7 @@ void causal_softmax(float* scores, int64_t ld, int64_t rows, int64_t columns, in
     const int64_t valid = first_valid + r;
     const float max = largest(row, valid);
     const float sum = sum_of(valid, [&](int64_t i, int64_t n) {
-      const vec e = math::exp(load_upto(row + i, n, -__builtin_inff()) - max);
+      const vec e = exp(load_upto(row + i, n, -__builtin_inff()) - max);
       store_upto(row + i, e, n);
       return e;
     });
@@ -334,7 +381,7 @@ void causal_softmax_backward(float* scores, float* dp, int64_t ld, int64_t rows,
     const int64_t valid = first_valid + r;
     const float norm = lse[r];
     each_vector(valid, [&](int64_t i, int64_t n) {
-      const vec e = math::exp(load_upto(p + i, n, -__builtin_inff()) - norm);
+      const vec e = exp(load_upto(p + i, n, -__builtin_inff()) - norm);
       store_upto(g + i, e * (load_upto(g + i, n, 0) - delta) * scale, n);
       store_upto(p + i, e, n);
     });
@@ -350,7 +397,7 @@ void softmax_stats(float* max, float* sum, const float* logits, int64_t ld, int6
     const float top = largest(row, columns);
     max[r] = top;
     sum[r] = sum_of(columns, [&](int64_t i, int64_t n) {
-      return math::exp(load_upto(row + i, n, -__builtin_inff()) - top);
+      return exp(load_upto(row + i, n, -__builtin_inff()) - top);
     });
   }
 }
@@ -360,7 +407,7 @@ void softmax_gradient(float* logits, int64_t ld, const float* max, const float* 
   for (int64_t r = 0; r < rows; ++r) {
     float* row = logits + r * ld;
     each_vector(columns, [&](int64_t i, int64_t n) {
-      store_upto(row + i, math::exp(load_upto(row + i, n, 0) - max[r]) * factor[r], n);
+      store_upto(row + i, exp(load_upto(row + i, n, 0) - max[r]) * factor[r], n);
     });
   }
 }
