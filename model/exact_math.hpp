@@ -5,10 +5,25 @@
 // "Arithmetic"). Errors are a few units in the last place. Not for tensors: slow and in double.
 #pragma once
 
+#include <array>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 
 namespace stagecoach::exact {
+
+namespace series {
+// Reciprocals, rounded once by the compiler: a division per term would cost more than all the rest.
+template <int first, int last, class F>
+constexpr std::array<double, (first - last) / 2 + 1> reciprocals(F of) {
+  std::array<double, (first - last) / 2 + 1> list{};
+  for (int k = first, i = 0; k >= last; k -= 2) list[static_cast<std::size_t>(i++)] = 1.0 / of(k);
+  return list;
+}
+inline constexpr auto odd = reciprocals<23, 3>([](int k) { return k; });
+inline constexpr auto sine = reciprocals<18, 2>([](int k) { return k * (k + 1); });
+inline constexpr auto cosine = reciprocals<17, 1>([](int k) { return k * (k + 1); });
+}  // namespace series
 
 /// Natural logarithm of a positive normal number.
 /// x = m * 2^e with m in [0.70, 1.42]; log m = 2 atanh f, f = (m-1)/(m+1), |f| < 0.172.
@@ -23,7 +38,7 @@ inline double log(double x) {
   const double f = (m - 1.0) / (m + 1.0);
   const double f2 = f * f;
   double tail = 0;  // f^2/3 + f^4/5 + ...; the first term left out is below 2^-56 of the sum
-  for (int k = 23; k >= 3; k -= 2) tail = (tail + 1.0 / k) * f2;
+  for (const double c : series::odd) tail = (tail + c) * f2;
   // ln 2 in two parts: the first has 32 trailing zero bits, so that exponent * part is exact.
   constexpr double ln2_high = 0x1.62e42feep-1;
   constexpr double ln2_low = 0x1.a39ef35793c76p-33;
@@ -55,10 +70,10 @@ inline sine_cosine of_turns(double turns) {
   const double x = (turns - quarter * 0.25) * 6.283185307179586;  // |x| <= pi/4
   const double x2 = x * x;
   double sine = 1.0;  // Taylor, Horner form; the first terms left out are below 1e-17
-  for (int k = 18; k >= 2; k -= 2) sine = 1.0 - sine * x2 / (k * (k + 1));
+  for (const double c : series::sine) sine = 1.0 - sine * (x2 * c);
   sine *= x;
   double cosine = 1.0;
-  for (int k = 17; k >= 1; k -= 2) cosine = 1.0 - cosine * x2 / (k * (k + 1));
+  for (const double c : series::cosine) cosine = 1.0 - cosine * (x2 * c);
   switch (quarter & 3) {
     case 0:
       return {sine, cosine};
