@@ -1,0 +1,462 @@
+// stagecoach bench: speed against the floor of our own bare loop and against a peer, in one run, as
+// ratios.
+//
+// Each part prints one JSON line per figure (with -o jsonl) or a table. Medians; candidates take
+// turns, since rates on a shared machine drift. A benchmark is no test: it never fails for being
+// slow.
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <thread>
+
+#include "config/job_spec_yaml.hpp"
+#include "config/presets.hpp"
+#include "model/plan.hpp"
+#include "model/stage.hpp"
+#include "tools/command.hpp"
+#include "tools/follow.hpp"
+#include "tools/job_file.hpp"
+#include "tools/local_cluster.hpp"
+#include "worker/step_runner.hpp"
+
+namespace stagecoach {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using clock = std::chrono::steady_clock;
+using namespace std::chrono_literals;
+
+struct bench_flags {
+  std::string part = "all", peer, peer_script;
+  int rounds = 5, threads = 2, kills = 20;
+};
+
+double median(std::vector<double> v) {
+  if (v.empty()) return std::nan("");
+  std::sort(v.begin(), v.end());
+  return v.size() % 2 == 1 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
+}
+double quantile(std::vector<double> v, double q) {
+  if (v.empty()) return std::nan("");
+  std::sort(v.begin(), v.end());
+  return v[std::min(v.size() - 1, static_cast<std::size_t>(q * static_cast<double>(v.size())))];
+}
+
+std::string cpu_name() {
+  std::ifstream file("/proc/cpuinfo");
+  std::string line;
+  while (std::getline(file, line))
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  return "unknown";
+}
+
+json environment() {
+  json out = {{"cpu", cpu_name()}, {"cores", std::thread::hardware_concurrency()}};
+  for (char** e = environ; *e != nullptr; ++e) {
+    const std::string text = *e;
+    for (const char* prefix : {"OMP_", "OPENBLAS_", "DNNL_", "STAGECOACH_MAX_ISA"})
+      if (text.rfind(prefix, 0) == 0) out["env"].push_back(text);
+  }
+  return out;
+}
+
+class bench_run {
+ public:
+  bench_run(const global_flags& flags, const bench_flags& own) : flags_(flags), own_(own) {
+    std::string pattern = (fs::temp_directory_path() / "stagecoach-bench-XXXXXX").string();
+    folder_ = mkdtemp(pattern.data()) == nullptr ? "stagecoach-bench" : pattern;
+    fs::create_directories(folder_);
+    std::ofstream text(folder_ + "/text.txt");
+    std::mt19937_64 random(1);
+    for (int i = 0; i < 400'000; ++i) text << static_cast<char>(32 + random() % 90);
+  }
+  ~bench_run() {
+    std::error_code ignored;
+    fs::remove_all(folder_, ignored);
+  }
+
+  exit_code run() {
+    const bool all = own_.part == "all";
+    figure("environment", environment());
+    if (all || own_.part == "step") step();
+    if (all || own_.part == "overhead") overhead();
+    if (all || own_.part == "scale") scale();
+    if (all || own_.part == "recovery") recovery();
+    if (all || own_.part == "checkpoint") checkpoint();
+    return is_interrupted() ? exit_code::interrupted : exit_code::success;
+  }
+
+ private:
+  void figure(const std::string& name, json values) {
+    if (flags_.is_json()) {
+      json line = {{"bench", name}};
+      line.update(values);
+      std::printf("%s\n", line.dump().c_str());
+    } else {
+      std::printf("%-28s", name.c_str());
+      for (const auto& [key, value] : values.items()) {
+        if (value.is_number_float())
+          std::printf("  %s %.4g", key.c_str(), value.get<double>());
+        else
+          std::printf("  %s %s", key.c_str(),
+                      value.is_string() ? value.get<std::string>().c_str() : value.dump().c_str());
+      }
+      std::printf("\n");
+    }
+    std::fflush(stdout);
+  }
+
+  // ---- one worker's step, against PyTorch
+  // -------------------------------------------------------------- d6/384, B 4, T 256, padded
+  // vocabulary: the shape of the published peers' figures. One microbatch a step.
+  static job_spec step_spec() {
+    job_spec spec;
+    spec.name = "bench-step";
+    spec.model = {"small-384", 6, 384, 6, 1536, 50304, 1024, "random", 1, 0.02};
+    spec.data.tokenizer = "none";
+    spec.batch = {4, 4, 256, 1};
+    spec.optimizer.weight_decay = 0;
+    spec.stop_steps = 1 << 20;
+    return spec;
+  }
+
+  struct bare {
+    std::unique_ptr<backend> device;
+    std::unique_ptr<stage> model;
+    std::unique_ptr<step_runner> runner;
+    std::vector<std::unique_ptr<link_set>> links;
+    job_spec spec;
+    plan shape;
+    std::vector<std::int32_t> tokens;
+    std::uint64_t step = 0, chain = 0;
+
+    bare(job_spec s, int threads) : spec(std::move(s)) {
+      device = make_cpu_backend(threads);
+      shape.generation = 1;
+      shape.shape.unit_cuts = {0, unit_count(spec.model)};
+      shape.shape.leaf_cuts = {0, static_cast<int>(spec.batch.leaf_count)};
+      shape.members.resize(1);
+      links = make_memory_links(1);
+      std::mt19937_64 random(7);
+      tokens.resize(100'000);
+      for (auto& t : tokens)
+        t = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(std::min<std::int64_t>(
+                                                     spec.model.vocab_size, 50257)));
+      model = std::make_unique<stage>(spec.model, spec.batch, 0, unit_count(spec.model),
+                                      *step_runner::slots(spec, shape, 0), *device);
+      model->initialise_parameters();
+      token_reader reader{static_cast<std::int64_t>(tokens.size()),
+                          [this](std::int64_t begin, std::int64_t n, std::int32_t* out) {
+                            std::copy_n(tokens.begin() + begin, n, out);
+                          }};
+      runner =
+          std::make_unique<step_runner>(spec, shape, 0, *model, *links[0], *device, reader, reader);
+    }
+    double once() {
+      const auto began = clock::now();
+      auto vote = runner->compute(++step, chain, {});
+      runner->apply(*vote);
+      chain = vote->chain;
+      return std::chrono::duration<double>(clock::now() - began).count();
+    }
+  };
+
+  // ms per step of the peer, or NaN. The script prints one JSON line with "ms".
+  double peer_ms(int threads) {
+    if (own_.peer.empty()) return std::nan("");
+    // The traps of the environment: a BLAS core type meant for old libraries, spinning barriers.
+    const std::string command = fmt::format(
+        "env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE OMP_WAIT_POLICY=passive OMP_NUM_THREADS={0} "
+        "OPENBLAS_NUM_THREADS={0} {1} {2} --threads {0} 2>/dev/null",
+        threads, own_.peer, own_.peer_script);
+    FILE* pipe = popen(command.c_str(), "r");
+    if (pipe == nullptr) return std::nan("");
+    std::string text;
+    char buffer[4096];
+    while (std::fgets(buffer, sizeof buffer, pipe) != nullptr) text = buffer;
+    pclose(pipe);
+    const json line = json::parse(text, nullptr, false);
+    if (line.is_discarded() || !line.contains("ms")) return std::nan("");
+    peer_version_ = line.value("version", "");
+    return line["ms"].get<double>();
+  }
+
+  void step() {
+    for (int threads : {1, own_.threads}) {
+      if (is_interrupted()) return;
+      std::vector<double> ours, theirs;
+      step_times phases;
+      std::int64_t bytes = 0;
+      for (int round = 0; round < own_.rounds; ++round) {
+        {
+          bare b(step_spec(), threads);
+          b.once();
+          std::vector<double> ms;
+          for (int i = 0; i < 5; ++i) ms.push_back(b.once() * 1e3);
+          ours.push_back(median(ms));
+          phases = b.runner->times();
+          bytes = b.model->allocated_bytes() + b.runner->allocated_bytes();
+        }
+        const double peer = peer_ms(threads);
+        if (!std::isnan(peer)) theirs.push_back(peer);
+      }
+      const double tokens = 4 * 256;
+      json out = {{"threads", threads},
+                  {"shape", "d6/384 B4 T256 V50304 fp32"},
+                  {"ms", median(ours)},
+                  {"tokens_per_s", tokens / median(ours) * 1e3},
+                  {"best_ms", *std::min_element(ours.begin(), ours.end())},
+                  {"forward_ms", static_cast<double>(phases.forward_us) / 1e3},
+                  {"input_gradient_ms", static_cast<double>(phases.backward_input_us) / 1e3},
+                  {"weight_gradient_ms", static_cast<double>(phases.backward_weight_us) / 1e3},
+                  {"vote_ms", static_cast<double>(phases.vote_us) / 1e3},
+                  {"apply_ms", static_cast<double>(phases.apply_us) / 1e3},
+                  {"memory_mb", static_cast<double>(bytes) / 1e6}};
+      if (!theirs.empty()) {
+        out["peer"] = "PyTorch " + peer_version_;
+        out["peer_ms"] = median(theirs);
+        std::vector<double> ratios;
+        for (std::size_t i = 0; i < theirs.size(); ++i) ratios.push_back(theirs[i] / ours[i]);
+        out["times_as_fast_as_peer"] = median(ratios);
+      }
+      figure("step", std::move(out));
+    }
+  }
+
+  // ---- whole clusters
+  // -----------------------------------------------------------------------------------
+  job_file cluster_job(const std::string& name, const std::vector<std::string>& sets) {
+    std::string text = fmt::format(R"(version: 1
+name: {}
+model: {{n_layer: 6, d_model: 192, n_head: 6, vocab_size: 256, context: 128}}
+data: {{tokenizer: bytes, train: [{{path: {}/text.txt, format: text}}]}}
+batch: {{global: 32 sequences, micro: 4, sequence: 128, leaves: 8}}
+optimizer: {{lr: 1e-3}}
+stop: {{steps: 40}}
+elasticity: {{workers: 1..4}}
+checkpoint: {{every: never}}
+)",
+                                   name, folder_);
+    exit_code code{};
+    const std::string path = folder_ + "/" + name + ".yaml";
+    std::ofstream(path) << text;
+    auto job = load_job_file(flags_, path, sets, code);
+    if (!job) std::exit(static_cast<int>(code));
+    return *job;
+  }
+
+  // Median step time in ms of the steps after the first five, from the coordinator's own series.
+  struct cluster_outcome {
+    double step_ms = std::nan("");
+    std::string hash;
+    json job, checkpoints;
+  };
+  cluster_outcome run_cluster(const job_file& job, int workers, int threads) {
+    cluster_outcome out;
+    local_cluster cluster({fmt::format("{}/run{}", folder_, ++runs_), "127.0.0.1:0", threads, ""});
+    if (!cluster.start_coordinator()) return out;
+    for (int i = 0; i < workers; ++i) (void)cluster.start_worker().has_value();
+    wait_until(
+        [&] {
+          auto w = cluster.api().get("/workers");
+          return w && (*w)["workers"].size() == static_cast<std::size_t>(workers);
+        },
+        20s);
+    exit_code code{};
+    auto id = submit_job_file(flags_, cluster.api(), job, code);
+    if (!id) return out;
+    global_flags silent = flags_;
+    silent.quiet = true;
+    auto end = follow_job(silent, cluster.api(), *id, 1 << 20);
+    out.job = end.job;
+    if (end.job.is_object()) out.hash = end.job.value("weights_hash", "");
+    std::vector<double> ms;
+    if (auto series = cluster.api().get("/jobs/" + *id + "/series"))
+      for (const auto& s : (*series)["steps"])
+        if (s.value("step", 0) > 5 && s["step_ms"].is_number())
+          ms.push_back(s["step_ms"].get<double>());
+    out.step_ms = median(ms);
+    if (auto list = cluster.api().get("/jobs/" + *id + "/checkpoints")) out.checkpoints = *list;
+    cluster.stop();
+    return out;
+  }
+
+  void overhead() {
+    const job_file job = with_workers(cluster_job("overhead", {}), 1, 1);
+    std::vector<double> bare_ms, cluster_ms, ratios;
+    for (int round = 0; round < own_.rounds && !is_interrupted(); ++round) {
+      bare b(job.spec, 1);
+      std::vector<double> ms;
+      for (int i = 0; i < 40; ++i) {
+        const double x = b.once() * 1e3;
+        if (i >= 5) ms.push_back(x);
+      }
+      bare_ms.push_back(median(ms));
+      cluster_ms.push_back(run_cluster(job, 1, 1).step_ms);
+      ratios.push_back(cluster_ms.back() / bare_ms.back());
+    }
+    figure("orchestration_overhead", {{"bare_ms", median(bare_ms)},
+                                      {"cluster_ms", median(cluster_ms)},
+                                      {"overhead_percent", (median(ratios) - 1) * 100},
+                                      {"rounds", own_.rounds}});
+  }
+
+  void scale() {
+    struct candidate {
+      const char* name;
+      int workers, threads, stages, replicas;
+      std::vector<double> ms;
+      std::string hash;
+    };
+    std::vector<candidate> list = {{"1 worker x 2 threads", 1, 2, 1, 1, {}, {}},
+                                   {"2 stages x 1 replica, 1 thread each", 2, 1, 2, 1, {}, {}},
+                                   {"1 stage x 2 replicas, 1 thread each", 2, 1, 1, 2, {}, {}}};
+    for (int round = 0; round < own_.rounds && !is_interrupted(); ++round) {
+      for (candidate& c : list) {
+        job_file job = with_workers(cluster_job("scale", {}), c.workers, c.workers);
+        job.spec.parallelism = {true, c.stages, c.replicas, "1f1b", {}};
+        job.resolved_yaml = write_job_spec_yaml(job.spec);
+        const auto got = run_cluster(job, c.workers, c.threads);
+        c.ms.push_back(got.step_ms);
+        c.hash = got.hash;
+      }
+    }
+    for (const candidate& c : list) {
+      std::vector<double> ratios;
+      for (std::size_t i = 0; i < c.ms.size(); ++i) ratios.push_back(list[0].ms[i] / c.ms[i]);
+      figure("scale", {{"layout", c.name},
+                       {"ms", median(c.ms)},
+                       {"speed_against_one_worker", median(ratios)},
+                       {"hash", c.hash}});
+    }
+  }
+
+  // ---- SIGKILL of a worker to the next committed step
+  // ---------------------------------------------------
+  void recovery() {
+    job_file job = with_workers(cluster_job("recovery", {"stop.steps=1000000"}), 1, 2);
+    job.spec.parallelism = {true, 1, 2, "1f1b", {}};
+    job.spec.elasticity.workers_max = 2;
+    job.resolved_yaml = write_job_spec_yaml(job.spec);
+    local_cluster cluster({folder_ + "/recovery", "127.0.0.1:0", 1, ""});
+    if (!cluster.start_coordinator()) return;
+    for (int i = 0; i < 3; ++i) (void)cluster.start_worker().has_value();
+    exit_code code{};
+    auto id = submit_job_file(flags_, cluster.api(), job, code);
+    if (!id) return;
+    const auto view = [&] { return cluster.api().get("/jobs/" + *id, 2s); };
+    std::mt19937_64 random(3);
+    std::vector<double> seconds;
+    int redone = 0;
+    for (int i = 0; i < own_.kills && !is_interrupted(); ++i) {
+      json before;
+      const bool runs = wait_until(
+          [&] {
+            auto v = view();
+            if (!v || v->value("state", "") != "RUNNING" || v->value("step", 0) < 3 ||
+                !(*v)["plan"].is_object() || (*v)["plan"]["members"].size() < 2)
+              return false;
+            before = *v;
+            return true;
+          },
+          60s, 20ms);
+      if (!runs) break;
+      std::this_thread::sleep_for(std::chrono::milliseconds(300 + random() % 300));
+      auto now = view();
+      if (!now) break;
+      const auto& members = (*now)["plan"]["members"];
+      const std::string victim = members[random() % members.size()].value("name", "");
+      const auto names = cluster.workers();
+      if (std::find(names.begin(), names.end(), victim) == names.end()) continue;
+      const std::int64_t generation = now->value("generation", std::int64_t{0}),
+                         step = now->value("step", std::int64_t{0});
+      const auto began = clock::now();
+      cluster.worker(victim).signal(SIGKILL);
+      std::int64_t first = -1;
+      const bool is_back = wait_until(
+          [&] {
+            auto v = view();
+            if (!v || v->value("generation", std::int64_t{0}) <= generation ||
+                v->value("state", "") != "RUNNING")
+              return false;
+            if (first < 0) first = v->value("step", std::int64_t{0});
+            return v->value("step", std::int64_t{0}) > first;
+          },
+          30s, 2ms);
+      if (is_back) seconds.push_back(std::chrono::duration<double>(clock::now() - began).count());
+      if (first >= 0 && first < step) ++redone;
+      cluster.forget_worker(victim);
+      (void)cluster.start_worker().has_value();
+    }
+    (void)cluster.api().post("/jobs/" + *id + "/cancel", {{"now", true}});
+    figure("recovery", {{"layout", "1 stage x 2 replicas + 1 spare"},
+                        {"kills", seconds.size()},
+                        {"median_s", median(seconds)},
+                        {"p90_s", quantile(seconds, 0.9)},
+                        {"max_s", quantile(seconds, 1.0)},
+                        {"kills_that_lost_committed_steps", redone}});
+  }
+
+  void checkpoint() {
+    job_file job = with_workers(cluster_job("checkpoint", {"checkpoint.every=5 steps"}), 1, 1);
+    const auto got = run_cluster(job, 1, 1);
+    std::vector<double> stalls, bytes;
+    if (got.checkpoints.is_object())
+      for (const auto& c : got.checkpoints["checkpoints"]) {
+        if (c.contains("stall_ms") && c["stall_ms"].is_number())
+          stalls.push_back(c["stall_ms"].get<double>());
+        bytes.push_back(c.value("bytes", 0.0));
+      }
+    figure("checkpoint", {{"stall_ms_median", median(stalls)},
+                          {"stall_ms_max", quantile(stalls, 1.0)},
+                          {"saves", stalls.size()},
+                          {"bytes", median(bytes)},
+                          {"step_ms", got.step_ms}});
+  }
+
+  const global_flags& flags_;
+  const bench_flags& own_;
+  std::string folder_, peer_version_;
+  int runs_ = 0;
+};
+
+}  // namespace
+
+void add_bench(command_line c) {
+  auto own = std::make_shared<bench_flags>();
+  CLI::App* app =
+      c.app.add_subcommand("bench", "speed: step, overhead, scale, recovery, checkpoint");
+  app->footer(
+      "examples:\n"
+      "  stagecoach bench\n"
+      "  stagecoach bench step --peer /usr/bin/python3 --peer-script tools/bench_peer_torch.py -o "
+      "jsonl\n"
+      "  stagecoach bench recovery --kills 50");
+  app->add_option("PART", own->part, "all, step, overhead, scale, recovery or checkpoint")
+      ->check(CLI::IsMember({"all", "step", "overhead", "scale", "recovery", "checkpoint"}));
+  app->add_option("--rounds", own->rounds, "turns of each candidate")->check(CLI::Range(1, 1000));
+  app->add_option("--threads", own->threads, "threads of the second step figure")
+      ->check(CLI::Range(1, 1024));
+  app->add_option("--kills", own->kills, "of the recovery part")->check(CLI::Range(1, 10000));
+  app->add_option("--peer", own->peer, "a Python with PyTorch; its step takes turns with ours");
+  app->add_option("--peer-script", own->peer_script,
+                  "the peer's step (default tools/bench_peer_torch.py)");
+  own->peer_script = "tools/bench_peer_torch.py";
+  app->callback([c, own] {
+    c.run = [c, own] {
+      watch_interrupts();
+      return bench_run(c.flags, *own).run();
+    };
+  });
+}
+
+}  // namespace stagecoach
