@@ -104,7 +104,9 @@ class cluster_machine {
  public:
   /// incarnation becomes restored + 1; start() gives the actions that make it durable, to be
   /// carried out before anything else.
-  explicit cluster_machine(restored_records restored, detection rules = {});
+  /// checkpoint_root: a job without checkpoint.store gets checkpoint_root/<job id>.
+  explicit cluster_machine(restored_records restored, std::string checkpoint_root = {},
+                           detection rules = {});
   [[nodiscard]] std::vector<action> start();
   [[nodiscard]] std::vector<action> step(const event& e);
 
@@ -131,6 +133,8 @@ class cluster_machine {
     std::uint64_t step = 0;
     job_id job{};          // who has it
     bool is_lost = false;  // a job gave it up; free again when it is heard
+    std::int64_t avoid_until_ms = 0;
+    std::int64_t told_to_stop_ms = -1;
     std::string reason;
   };
 
@@ -150,9 +154,14 @@ class cluster_machine {
   void on(const checkpoints_retired& e);
 
   void place();
+  void attach(connection_id connection, const hello& greeting);
+  void refuse(connection_id connection, const std::string& why, bool is_final);
+  void stop_stale(worker& w, std::uint64_t job, const std::string& why);
   void tell(job_id job, const job_event& e);
   void take(std::vector<action> from);
-  void welcome_back(worker& w, const hello& greeting);
+  void ask_job(job_id job, reply_id reply_to, const job_event& e);
+  void send(const worker& w, to_worker message);
+  void join(worker& w);
   void forget(worker_id id, const std::string& why);
   bool is_free(const worker& w) const;
   /// Words why not, empty if it suits.
@@ -167,12 +176,14 @@ class cluster_machine {
   void reply(reply_id id, result<actions::reply_value> outcome);
 
   detection rules_;
+  std::string checkpoint_root_;
   meta_record meta_;
   std::map<worker_id, worker> workers_;
   std::map<job_id, job_machine> jobs_;
-  std::map<job_id, std::pair<std::vector<worker_id>, std::int64_t>> growth_;  // on offer since
   std::uint64_t next_event_ = 1;
   std::int64_t now_ms_ = 0, unix_ms_ = 0;
+  std::int64_t clock_ms_ = 0;  // of the shell's newest tick
+  bool has_ticked_ = false, is_place_due_ = true;
   std::uint64_t dropped_messages_ = 0;
   std::vector<std::string> problems_;
   std::vector<action> out_;

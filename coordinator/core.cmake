@@ -1,0 +1,12 @@
+# What decides: the machines of the jobs and of the cluster, their messages and records. No CAF, socket or disk.
+add_library(sc_tensor_names STATIC ${CMAKE_SOURCE_DIR}/model/tensor_names.cpp)
+target_link_libraries(sc_tensor_names PUBLIC sc_config)
+
+# Apart, since workers speak it too (wire.hpp and messages.hpp are the two headers they may enter).
+add_library(sc_wire STATIC wire.cpp records.cpp)
+target_link_libraries(sc_wire PUBLIC sc_config sc_planning nlohmann_json::nlohmann_json)
+
+add_library(sc_coordinator_core STATIC
+  decision.cpp job_machine.cpp job_generation.cpp job_saves.cpp cluster_machine.cpp)
+target_link_libraries(sc_coordinator_core PUBLIC sc_wire sc_planning sc_tensor_names)
+add_library(sc_machines ALIAS sc_coordinator_core)

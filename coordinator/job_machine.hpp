@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "config/ids.hpp"
+#include "config/limits.hpp"
 #include "config/result.hpp"
 #include "coordinator/messages.hpp"
 #include "coordinator/records.hpp"
@@ -100,6 +101,10 @@ struct worker_draining {
 struct tick {
   std::int64_t now_ms = 0, unix_ms = 0;
 };
+struct submitted {  // the first event of a new job
+  std::int64_t unix_ms = 0;
+  reply_id reply{};
+};
 struct pause {
   reply_id reply{};
 };
@@ -141,7 +146,7 @@ struct checkpoints_retired {  // answers retire_checkpoints
 };
 
 using job_event =
-    std::variant<job_events::workers_given, job_events::worker_connected,
+    std::variant<job_events::submitted, job_events::workers_given, job_events::worker_connected,
                  job_events::worker_disconnected, job_events::worker_gone, job_events::worker_said,
                  job_events::worker_draining, job_events::tick, job_events::pause,
                  job_events::resume, job_events::cancel, job_events::save_now, checkpoint_found,
@@ -298,11 +303,12 @@ class job_machine {
   bool expects(worker_id id) const;
   job_view view() const;
   /// Words on what it waits for; the cluster adds what it knows of the free workers.
-  std::string waits_for() const;
+  const std::string& waits_for() const { return waits_for_; }
+  /// "preparing", "loading", ...; what is not in the state.
+  const char* phase_name() const;
 
  private:
   enum class phase { none, adopting, backing_off, preparing, finding, loading, running, holding };
-  static const char* name_of(phase p);
 
   /// Someone who is given to this job.
   struct member {
@@ -311,24 +317,34 @@ class job_machine {
     std::int64_t disconnected_ms = 0;
     std::string disconnected_why;
     std::int64_t heard_ms = 0;
-    int rank = -1;  // in the newest committed plan; -1: not in it
+    std::int64_t asked_ms = 0;  // prepare was sent, or would have been if it were connected
+    int rank = -1;              // in the newest committed plan; -1: not in it
     bool is_draining = false;
-    std::string drain_reason;
     worker_phase phase = worker_phase::idle;
     std::uint64_t step = 0;
     std::optional<prepared> answer;  // to the prepare of number_
     std::optional<ready> loaded;     // for the newest plan
     bool is_held = false, is_finished = false;
+    bool is_astray = false;                                   // came back without our generation
     std::map<worker_id, std::int64_t> lost_by, suspected_by;  // who says so, since when
   };
   struct pending_save {
     std::vector<part_saved> parts;
-    bool is_writing = false;
-    std::int64_t retry_ms = 0;  // manifest to be written again; 0: no
+    std::vector<part_saved> whole;  // being put into a manifest
+    std::uint64_t seq = 0;
+    std::int64_t retry_ms = -1;  // the manifest is to be written again then
   };
-  struct choice;  // of state and members, see decide()
+  struct choice {
+    layout shape;
+    std::vector<worker_id> by_rank;
+    source_kind source = source_kind::initial;
+    std::uint64_t step = 0, chain = 0;
+    std::optional<vote_result> roll_forward;
+    std::vector<transfer_record> transfers;
+  };
 
   // Events.
+  void on(const job_events::submitted& e);
   void on(const job_events::workers_given& e);
   void on(const job_events::worker_connected& e);
   void on(const job_events::worker_disconnected& e);
@@ -345,7 +361,7 @@ class job_machine {
   void on(const checkpoints_retired& e);
 
   // Messages of members.
-  void said(member& m, const hello&) { (void)m; }
+  void said(member& m, const hello& x);
   void said(member& m, const beat& x);
   void said(member& m, const prepared& x);
   void said(member& m, const ready& x);
@@ -359,48 +375,73 @@ class job_machine {
   void said(member& m, const log_line& x);
   void said(member& m, const goodbye& x);
 
-  // What the life is made of; job_machine.cpp says each.
-  void advance();
+  // Losses.
   void watch_members();
-  void lose(worker_id id, const std::string& why, bool is_fault = true);
+  std::string reason_lost(const member& m) const;  // empty: it is not lost
+  std::string reason_link_fault() const;           // empty: none
+  void lose(const std::map<worker_id, std::string>& lost);
+  bool count_failure(const std::string& why);  // false: over the budget, the job has failed
   void fail_generation(const std::string& why);
+
+  // A generation, from prepare to run.
   void start_preparing(const std::string& reason);
   void ask(member& m);
   void consider_decision();
-  void decide();
-  void ask_for_checkpoint();
+  void decide(const std::vector<member*>& answered);
+  bool is_held_back(std::uint64_t step);
   void commit_generation(const choice& c);
+  void send_commit(const member& m);
   void consider_running();
+  void consider_adoption();
+
+  // Orders and voluntary changes.
   void consider_change();
-  void give(order_kind kind);
-  void act_on_hold();
-  void consider_save(std::uint64_t step);
-  void start_manifest(std::uint64_t step);
+  void start_hold(const std::string& reason, std::set<order_kind> orders);
+  void give_orders();
+  void consider_hold();
+  void resume_after_hold(const std::string& why);
+  int grown_count(int more) const;
+
+  // Saves and the end.
+  void saved(const part_saved& x, worker_id from);
+  std::vector<part_saved> whole_save(const std::vector<part_saved>& parts) const;
+  void write_manifest(std::uint64_t step);
+  void save_failed(std::uint64_t step, const std::string& why);
   void consider_end();
+
+  // Small ones.
+  void advance();
+  void enter(phase p);
   void release(worker_id id, const std::string& reason, bool is_lost = false);
   void release_all(const std::string& reason);
   void end(job_state state, const std::string& reason);
-  void put_to_pause(const std::string& reason);
-  void wait_as_pending(const std::string& reason);
+  void leave_workers(job_state state, const std::string& reason);
+  actions::row record_row() const;
   void save_record();
   void note(const std::string& kind, const std::string& text,
             std::map<std::string, std::string> fields = {}, const std::string& level = "info");
   void send(worker_id to, to_worker message);
   void reply(reply_id id, result<actions::reply_value> outcome);
-  bool check_chain(std::uint64_t step, std::uint64_t chain, const std::string& who);
-  bool is_current(const member& m, std::uint64_t generation, std::uint64_t hash) const;
-  bool is_in_generation() const;
+  void agree(reply_id id, const std::string& text);
+  void check_chain(std::uint64_t step, std::uint64_t chain, const std::string& who);
+  bool is_current(std::uint64_t generation, std::uint64_t hash);
+  bool is_committed() const;  // a committed generation loads, runs or holds
+  bool is_committed_or_adopting() const { return is_committed() || phase_ == phase::adopting; }
   int workers_least() const;
   int workers_most() const;
   int staying_count() const;  // members that are not draining
+  int planned_count() const { return generation_ ? generation_->shape.shape.worker_count() : 0; }
+  std::uint64_t number_of_plan() const { return generation_ ? generation_->shape.generation : 0; }
   std::optional<std::uint64_t> newest_saved() const;
-  std::vector<member*> planned();  // members of the newest plan that are still here, by rank
-  member* at_rank(int rank);
+  bool is_final_saved() const;
+  std::vector<member*> planned();  // members of the newest plan that are here, by rank
+  bool is_whole() const;           // all of them are here
+  std::uint64_t stop_step() const { return static_cast<std::uint64_t>(record_.spec.stop_steps); }
 
   detection rules_;
   job_record record_;
-  std::optional<generation_record> generation_;
-  std::uint64_t plan_hash_ = 0;
+  std::optional<generation_record> generation_;  // newest committed
+  std::uint64_t plan_hash_ = 0;                  // its
   std::map<std::uint64_t, checkpoint_record> checkpoints_;
   std::uint64_t next_event_ = 1;
   std::uint64_t next_seq_ = 1;
@@ -411,36 +452,48 @@ class job_machine {
   std::int64_t now_ms_ = 0, unix_ms_ = 0;
   bool has_ticked_ = false;
   std::int64_t phase_since_ms_ = 0;
-  std::uint64_t number_ = 0;  // being prepared, or of the newest plan
-  std::string reason_;        // of the generation being prepared
-  bool is_recovery_ = false;
-  std::set<worker_id> sought_;       // of the former generation, silent now, not known dead
-  int former_count_ = 0;             // members of the last generation that ran
-  std::int64_t short_since_ms_ = 0;  // too few workers since
-  bool is_short_noted_ = false;
-  std::uint64_t reported_step_ = 0;  // newest that anyone reported
-  std::optional<commit> commit_;     // of the newest plan, to send again
   std::map<worker_id, member> members_;
-  std::map<worker_id, std::string> refused_;  // by us, for this job: why
-  std::optional<checkpoint_facts> source_;    // found, to be committed
-  bool has_looked_ = false;                   // find_checkpoint was answered for this number
-  std::uint64_t request_ = 0;
-  std::uint64_t step_max_ = ~0ull;  // newer checkpoints did not load as their manifest says
-  std::map<std::uint64_t, pending_save> saves_;
-  std::map<std::uint64_t, std::uint64_t> chains_;  // of the newest steps
-  std::vector<std::int64_t> failure_ms_;
-  int fruitless_count_ = 0;  // generations in a row that did not make a step
+  std::map<worker_id, std::string> refused_;  // failed at this job on their own account: why
+
+  // Being prepared.
+  std::uint64_t number_ = 0;
+  std::string reason_;
+  bool is_after_loss_ = false;
+  std::int64_t prepare_began_ms_ = 0;
+  std::set<worker_id> sought_;        // of the former generation, silent, not known dead
+  std::set<worker_id> sought_lost_;   // of these: a peer says that its link to it closed
+  std::int64_t short_since_ms_ = -1;  // too few workers since; -1: enough
+  std::string waits_for_;
+  std::uint64_t request_ = 0;  // find_checkpoint under way
+  bool has_looked_ = false;    // and answered, for this number
+  std::optional<checkpoint_facts> found_;
+  std::uint64_t step_max_ = ~0ull;  // newer checkpoints did not load as their manifests say
+  int fruitless_count_ = 0;         // generations in a row that made no step
   std::int64_t back_off_until_ms_ = 0;
-  std::int64_t change_since_ms_ = 0;  // a voluntary change is wanted since
-  std::set<order_kind> given_;        // orders given in this hold
-  bool is_hold_unforced_ = false;     // adopted in held phase: nobody remembers why
-  std::uint64_t hold_step_ = 0;
-  std::int64_t finished_ms_ = 0;
-  std::int64_t cancel_since_ms_ = 0;
-  std::int64_t loss_ms_ = 0;  // when the loss was detected that is being recovered
-  std::int64_t last_recovery_ms_ = 0;
+  std::vector<std::int64_t> failure_ms_;
+
+  // Committed.
+  std::optional<commit> commit_;                   // to send again; none after a restart
+  std::uint64_t reported_step_ = 0;                // newest that anyone reported
+  std::map<std::uint64_t, std::uint64_t> chains_;  // of the newest steps
+  std::map<std::uint64_t, pending_save> saves_;
   step_report newest_report_;
   std::optional<evaluated> newest_evaluation_;
+
+  // A hold.
+  std::int64_t change_since_ms_ = -1;  // a voluntary change is wanted since; -1: no
+  std::int64_t no_change_before_ms_ = 0;
+  std::string hold_reason_;
+  std::map<order_kind, std::uint64_t> orders_;  // given in this hold, with their ids
+  std::uint64_t order_base_step_ = 0;           // newest reported when they were given
+  std::int64_t held_ms_ = -1;                   // all stand since
+  bool has_save_failed_ = false;                // since they were given
+  std::string last_save_problem_;
+
+  std::int64_t finished_ms_ = -1;     // all finished since, or the last sign of the final save
+  std::int64_t final_saved_ms_ = -1;  // the final manifest is durable since
+  std::int64_t loss_ms_ = -1;         // when the loss was detected that is being recovered
+  std::int64_t last_recovery_ms_ = 0;
   std::uint64_t redone_steps_ = 0, divergences_ = 0, stale_messages_ = 0;
   std::vector<action> out_;
 };

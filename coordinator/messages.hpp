@@ -1,9 +1,10 @@
 // Control messages between the coordinator and its workers: plain structs, one field list each.
 //
-// The same field lists serve the wire (coordinator/wire.hpp: JSON text), the API and the records in the
-// store. Unknown fields are ignored on reading, missing ones keep their default, so that versions may mix;
-// `protocol` in the greeting says which rules hold. Small messages only: tensors go over links.
-// Numbers that carry exact bits (losses, scalars of a vote) are written as their bit pattern.
+// The same field lists serve the wire (coordinator/wire.hpp: JSON text), the API and the records in
+// the store. Unknown fields are ignored on reading, missing ones keep their default, so that
+// versions may mix; `protocol` in the greeting says which rules hold. Small messages only: tensors
+// go over links. Numbers that carry exact bits (losses, scalars of a vote) are written as their bit
+// pattern.
 #pragma once
 
 #include <bit>
@@ -32,26 +33,27 @@ struct exact_double {
   bool operator==(const exact_double&) const = default;
 };
 
-// ---- what a step's vote decided: enough to apply the step, so it is kept and shown in `prepared` --------
+// ---- what a step's vote decided: enough to apply the step, so it is kept and shown in `prepared`
+// --------
 struct vote_result {
   std::uint64_t step = 0;
-  bool finite = true;              // false: the update is skipped, by all
-  exact_double loss;               // mean over the step's tokens
-  exact_double norm;               // global gradient norm before clipping
+  bool finite = true;  // false: the update is skipped, by all
+  exact_double loss;   // mean over the step's tokens
+  exact_double norm;   // global gradient norm before clipping
   exact_double lr;
-  exact_double bias1, bias2;       // 1 - beta^t
+  exact_double bias1, bias2;  // 1 - beta^t
   exact_double grad_scale;
-  std::uint64_t orders = 0;        // order bits that act after this step, see order_kind
+  std::uint64_t orders = 0;              // order bits that act after this step, see order_kind
   std::vector<std::uint64_t> order_ids;  // the coordinator's ids among them
-  std::uint64_t chain = 0;         // H(previous chain, step, loss, norm)
+  std::uint64_t chain = 0;               // H(previous chain, step, loss, norm)
   bool operator==(const vote_result&) const = default;
 };
 
 enum class order_kind : int {
-  save = 0,        // checkpoint after this step
+  save = 0,  // checkpoint after this step
   evaluate = 1,
-  hold = 2,        // stop after this step, keep everything, wait for resume or prepare
-  stop = 3,        // as hold; the job ends here
+  hold = 2,  // stop after this step, keep everything, wait for resume or prepare
+  stop = 3,  // as hold; the job ends here
 };
 inline constexpr std::uint64_t order_bit(order_kind kind) { return 1ull << static_cast<int>(kind); }
 
@@ -64,14 +66,15 @@ enum class source_kind : int {
 
 /// One file of a checkpoint and the tensors in it.
 struct part_record {
-  std::string file;                    // name inside folder
-  std::string folder;                  // absolute
+  std::string file;    // name inside folder
+  std::string folder;  // absolute
   std::uint64_t bytes = 0;
   std::string root_hash;
-  std::vector<std::string> tensors;    // parameter names; moments lie beside them as opt.m.NAME, opt.v.NAME
-  std::string host;                    // who wrote it
-  std::string weights_hash;            // tensor_hash of this part's parameters
-  std::string state_hash;              // with moments
+  std::vector<std::string>
+      tensors;               // parameter names; moments lie beside them as opt.m.NAME, opt.v.NAME
+  std::string host;          // who wrote it
+  std::string weights_hash;  // tensor_hash of this part's parameters
+  std::string state_hash;    // with moments
   bool operator==(const part_record&) const = default;
 };
 
@@ -88,12 +91,13 @@ struct step_report {
   exact_double loss, norm, lr;
   bool skipped = false;
   std::uint64_t chain = 0;
-  std::int64_t step_us = 0;            // wall time since the previous step's end
+  std::int64_t step_us = 0;  // wall time since the previous step's end
   std::int64_t unix_ms = 0;
   bool operator==(const step_report&) const = default;
 };
 
-// ---- worker to coordinator --------------------------------------------------------------------------
+// ---- worker to coordinator
+// --------------------------------------------------------------------------
 struct hello {
   int protocol = protocol_version;
   std::string name;
@@ -101,17 +105,18 @@ struct hello {
   std::string host;
   std::string link_host;
   std::uint16_t link_port = 0;
-  std::string device;                  // "cpu"
-  std::string device_class;            // hash of the probe
+  std::string device;        // "cpu"
+  std::string device_class;  // hash of the probe
   int threads = 1;
   std::uint64_t memory_bytes = 0;
   std::map<std::string, std::string> labels;
   // What it is doing, so that a coordinator that was away can adopt it:
-  std::uint64_t job = 0;               // 0: nothing
+  std::uint64_t job = 0;  // 0: nothing
   std::uint64_t generation = 0;
   std::uint64_t plan_hash = 0;
-  int phase = 0;                       // worker_phase
-  std::uint64_t step = 0;              // newest applied
+  int phase = 0;           // worker_phase
+  std::uint64_t step = 0;      // newest applied
+  std::uint64_t promised = 0;  // newest prepare it answered: takes nothing of smaller numbers
   std::string version;
 };
 enum class worker_phase : int { idle = 0, prepared, loading, ready, running, held, finished };
@@ -125,25 +130,25 @@ struct beat {
 struct prepared {
   std::uint64_t job = 0, number = 0;
   bool has_state = false;
-  std::uint64_t step = 0;              // newest applied step of its state
-  std::uint64_t chain = 0;             // vote chain at that step
-  std::vector<std::string> tensors;    // whose parameters and moments it holds
-  std::optional<vote_result> last_vote;   // the vote that led to `step`
-  bool has_pending = false;            // holds the reduced gradient of step + 1
+  std::uint64_t step = 0;                // newest applied step of its state
+  std::uint64_t chain = 0;               // vote chain at that step
+  std::vector<std::string> tensors;      // whose parameters and moments it holds
+  std::optional<vote_result> last_vote;  // the vote that led to `step`
+  bool has_pending = false;              // holds the reduced gradient of step + 1
 };
 
 struct ready {
   std::uint64_t job = 0, generation = 0, plan_hash = 0, step = 0;
-  std::string weights_hash;            // of the part of the weights that this stage counts
+  std::string weights_hash;  // of the part of the weights that this stage counts
 };
 
-struct failed {                        // can't do its part: wrong data file, out of memory, ...
+struct failed {  // can't do its part: wrong data file, out of memory, ...
   std::uint64_t job = 0, generation = 0;
-  std::string code, message;           // errc name; names path and host
-  bool is_fatal = false;               // true: no other worker would do better, fail the job
+  std::string code, message;  // errc name; names path and host
+  bool is_fatal = false;      // true: no other worker would do better, fail the job
 };
 
-struct progress {                      // from rank 0; queued while the coordinator is away
+struct progress {  // from rank 0; queued while the coordinator is away
   std::uint64_t job = 0, generation = 0, plan_hash = 0;
   std::vector<step_report> steps;
 };
@@ -157,40 +162,41 @@ struct part_saved {
   std::uint64_t job = 0, generation = 0, plan_hash = 0;
   std::uint64_t step = 0;
   part_record part;
-  int part_count = 1;                  // parts that make this checkpoint whole
+  int part_count = 1;  // parts that make this checkpoint whole
   exact_double loss;
   std::uint64_t chain = 0;
   std::int64_t stall_us = 0, write_us = 0;
-  std::string problem;                 // not empty: this part could not be written (disk full, ...)
-  bool is_final = false;               // after the job's last step
+  std::string problem;    // not empty: this part could not be written (disk full, ...)
+  bool is_final = false;  // after the job's last step
 };
 
-struct held {                          // every member, after a hold or stop order acted
+struct held {  // every member, after a hold or stop order acted
   std::uint64_t job = 0, generation = 0, step = 0;
 };
 
-struct finished {                      // every member, after the last step; state kept until stop_stage
+struct finished {  // every member, after the last step; state kept until stop_stage
   std::uint64_t job = 0, generation = 0, step = 0;
 };
 
 struct peer_report {
   std::uint64_t job = 0, generation = 0;
-  std::uint64_t peer = 0;              // worker_id
-  std::string what;                    // "lost" | "suspected" | "recovered"
+  std::uint64_t peer = 0;  // worker_id
+  std::string what;        // "lost" | "suspected" | "recovered"
   std::string why;
 };
 
-struct log_line {                      // shown by `stagecoach logs`
+struct log_line {  // shown by `stagecoach logs`
   std::uint64_t job = 0;
   std::int64_t unix_ms = 0;
   std::string level, text;
 };
 
-struct goodbye {                       // orderly end of a worker process
+struct goodbye {  // orderly end of a worker process
   std::string reason;
 };
 
-// ---- coordinator to worker --------------------------------------------------------------------------
+// ---- coordinator to worker
+// --------------------------------------------------------------------------
 struct welcome {
   std::uint64_t worker = 0;
   std::uint64_t incarnation = 0;
@@ -199,7 +205,7 @@ struct welcome {
 
 struct refused {
   std::string reason;
-  bool is_final = false;               // true: do not try again
+  bool is_final = false;  // true: do not try again
 };
 
 struct prepare {
@@ -207,16 +213,16 @@ struct prepare {
 };
 
 struct commit {
-  plan shape;                          // with members; generation = the prepared number
+  plan shape;  // with members; generation = the prepared number
   job_spec spec;
   source_kind source = source_kind::initial;
-  std::uint64_t step = 0;              // state to start from; the first step run is step + 1
+  std::uint64_t step = 0;  // state to start from; the first step run is step + 1
   std::uint64_t chain = 0;
-  std::vector<transfer_record> transfers;          // source live
-  std::optional<vote_result> roll_forward;         // for members that stand at step - 1 with has_pending
-  std::vector<part_record> parts;                  // source checkpoint
-  std::string expected_weights_hash;               // source checkpoint: of the whole model
-  bool save_at_start = false;          // step 0, or a restart at a step without a checkpoint
+  std::vector<transfer_record> transfers;   // source live
+  std::optional<vote_result> roll_forward;  // for members that stand at step - 1 with has_pending
+  std::vector<part_record> parts;           // source checkpoint
+  std::string expected_weights_hash;        // source checkpoint: of the whole model
+  bool save_at_start = false;               // step 0, or a restart at a step without a checkpoint
   std::string checkpoint_folder;
 };
 
@@ -224,42 +230,42 @@ struct run_stage {
   std::uint64_t job = 0, generation = 0;
 };
 
-struct give_order {                    // to rank 0; acts after the step in whose vote it rides
+struct give_order {  // to rank 0; acts after the step in whose vote it rides
   std::uint64_t job = 0, generation = 0, order = 0;  // order: id, for events
-  int kind = 0;                        // order_kind
+  int kind = 0;                                      // order_kind
 };
 
-struct resume_stage {                  // ends a hold without a new plan; to every member
+struct resume_stage {  // ends a hold without a new plan; to every member
   std::uint64_t job = 0, generation = 0;
 };
 
-struct checkpoint_durable {            // frees the worker's copy; the newest durable step
+struct checkpoint_durable {  // frees the worker's copy; the newest durable step
   std::uint64_t job = 0, step = 0;
 };
 
-struct stop_stage {                    // forget the job
+struct stop_stage {  // forget the job
   std::uint64_t job = 0;
   std::string reason;
 };
 
 using to_coordinator = std::variant<hello, beat, prepared, ready, failed, progress, evaluated,
                                     part_saved, held, finished, peer_report, log_line, goodbye>;
-using to_worker = std::variant<welcome, refused, prepare, commit, run_stage, give_order, resume_stage,
-                               checkpoint_durable, stop_stage>;
+using to_worker = std::variant<welcome, refused, prepare, commit, run_stage, give_order,
+                               resume_stage, checkpoint_durable, stop_stage>;
 
-// ---- field lists ------------------------------------------------------------------------------------
-// visit_fields(v, m) calls v("name", m.member) for each field. v is a template: reader, writer, printer.
-#define STAGECOACH_FIELDS(type, ...)             \
-  template <class V, class M>                    \
-    requires std::same_as<std::remove_const_t<M>, type> \
-  void visit_fields(V&& v, M& m) {               \
-    __VA_ARGS__;                                 \
-  }
+// ---- field lists
+// ------------------------------------------------------------------------------------
+// visit_fields(v, m) calls v("name", m.member) for each field. v is a template: reader, writer,
+// printer.
+#define STAGECOACH_FIELDS(type, ...)                  \
+  template <class V, class M>                         \
+  requires std::same_as<std::remove_const_t<M>, type> \
+  void visit_fields(V&& v, M& m) { __VA_ARGS__; }
 
 STAGECOACH_FIELDS(vote_result, v("step", m.step), v("finite", m.finite), v("loss", m.loss),
                   v("norm", m.norm), v("lr", m.lr), v("bias1", m.bias1), v("bias2", m.bias2),
-                  v("grad_scale", m.grad_scale), v("orders", m.orders),
-                  v("order_ids", m.order_ids), v("chain", m.chain))
+                  v("grad_scale", m.grad_scale), v("orders", m.orders), v("order_ids", m.order_ids),
+                  v("chain", m.chain))
 STAGECOACH_FIELDS(part_record, v("file", m.file), v("folder", m.folder), v("bytes", m.bytes),
                   v("root_hash", m.root_hash), v("tensors", m.tensors), v("host", m.host),
                   v("weights_hash", m.weights_hash), v("state_hash", m.state_hash))
@@ -295,9 +301,9 @@ STAGECOACH_FIELDS(schedule_spec, v("type", m.type), v("warmup_steps", m.warmup_s
                   v("decay_steps", m.decay_steps), v("min_lr", m.min_lr))
 STAGECOACH_FIELDS(parallelism_spec, v("explicit", m.is_explicit), v("stages", m.stages),
                   v("replicas", m.replicas), v("schedule", m.schedule), v("layers", m.layers))
-STAGECOACH_FIELDS(elasticity_spec, v("workers_min", m.workers_min),
-                  v("workers_max", m.workers_max), v("on_loss", m.on_loss),
-                  v("wait_for_min_ms", m.wait_for_min_ms), v("max_failures", m.max_failures))
+STAGECOACH_FIELDS(elasticity_spec, v("workers_min", m.workers_min), v("workers_max", m.workers_max),
+                  v("on_loss", m.on_loss), v("wait_for_min_ms", m.wait_for_min_ms),
+                  v("max_failures", m.max_failures))
 STAGECOACH_FIELDS(checkpoint_spec, v("every_steps", m.every_steps), v("every_ms", m.every_ms),
                   v("keep_last", m.keep_last), v("keep_every_steps", m.keep_every_steps),
                   v("store", m.store), v("placement", m.placement))
@@ -312,19 +318,17 @@ STAGECOACH_FIELDS(job_spec, v("version", m.version), v("name", m.name), v("prior
 
 STAGECOACH_FIELDS(hello, v("protocol", m.protocol), v("name", m.name), v("process", m.process),
                   v("host", m.host), v("link_host", m.link_host), v("link_port", m.link_port),
-                  v("device", m.device), v("device_class", m.device_class),
-                  v("threads", m.threads), v("memory_bytes", m.memory_bytes),
-                  v("labels", m.labels), v("job", m.job), v("generation", m.generation),
-                  v("plan_hash", m.plan_hash), v("phase", m.phase), v("step", m.step),
-                  v("version", m.version))
+                  v("device", m.device), v("device_class", m.device_class), v("threads", m.threads),
+                  v("memory_bytes", m.memory_bytes), v("labels", m.labels), v("job", m.job),
+                  v("generation", m.generation), v("plan_hash", m.plan_hash), v("phase", m.phase),
+                  v("step", m.step), v("promised", m.promised), v("version", m.version))
 STAGECOACH_FIELDS(beat, v("job", m.job), v("generation", m.generation), v("step", m.step),
                   v("phase", m.phase))
 STAGECOACH_FIELDS(prepared, v("job", m.job), v("number", m.number), v("has_state", m.has_state),
                   v("step", m.step), v("chain", m.chain), v("tensors", m.tensors),
                   v("last_vote", m.last_vote), v("has_pending", m.has_pending))
 STAGECOACH_FIELDS(ready, v("job", m.job), v("generation", m.generation),
-                  v("plan_hash", m.plan_hash), v("step", m.step),
-                  v("weights_hash", m.weights_hash))
+                  v("plan_hash", m.plan_hash), v("step", m.step), v("weights_hash", m.weights_hash))
 STAGECOACH_FIELDS(failed, v("job", m.job), v("generation", m.generation), v("code", m.code),
                   v("message", m.message), v("is_fatal", m.is_fatal))
 STAGECOACH_FIELDS(progress, v("job", m.job), v("generation", m.generation),
@@ -334,8 +338,8 @@ STAGECOACH_FIELDS(evaluated, v("job", m.job), v("generation", m.generation), v("
 STAGECOACH_FIELDS(part_saved, v("job", m.job), v("generation", m.generation),
                   v("plan_hash", m.plan_hash), v("step", m.step), v("part", m.part),
                   v("part_count", m.part_count), v("loss", m.loss), v("chain", m.chain),
-                  v("stall_us", m.stall_us), v("write_us", m.write_us),
-                  v("problem", m.problem), v("is_final", m.is_final))
+                  v("stall_us", m.stall_us), v("write_us", m.write_us), v("problem", m.problem),
+                  v("is_final", m.is_final))
 STAGECOACH_FIELDS(held, v("job", m.job), v("generation", m.generation), v("step", m.step))
 STAGECOACH_FIELDS(finished, v("job", m.job), v("generation", m.generation), v("step", m.step))
 STAGECOACH_FIELDS(peer_report, v("job", m.job), v("generation", m.generation), v("peer", m.peer),
@@ -351,11 +355,10 @@ STAGECOACH_FIELDS(commit, v("plan", m.shape), v("spec", m.spec), v("source", m.s
                   v("step", m.step), v("chain", m.chain), v("transfers", m.transfers),
                   v("roll_forward", m.roll_forward), v("parts", m.parts),
                   v("expected_weights_hash", m.expected_weights_hash),
-                  v("save_at_start", m.save_at_start),
-                  v("checkpoint_folder", m.checkpoint_folder))
+                  v("save_at_start", m.save_at_start), v("checkpoint_folder", m.checkpoint_folder))
 STAGECOACH_FIELDS(run_stage, v("job", m.job), v("generation", m.generation))
-STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation),
-                  v("order", m.order), v("kind", m.kind))
+STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation), v("order", m.order),
+                  v("kind", m.kind))
 STAGECOACH_FIELDS(resume_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(checkpoint_durable, v("job", m.job), v("step", m.step))
 STAGECOACH_FIELDS(stop_stage, v("job", m.job), v("reason", m.reason))

@@ -66,7 +66,8 @@ struct job_record {
   bool is_cancel_wanted = false;
   std::string device_class;      // of its first generation's rank 0; empty: none ran yet
   std::uint64_t generation = 0;  // newest number that was committed
-  std::uint64_t step = 0;        // newest known when the record was written
+  std::uint64_t number = 0;  // newest that was prepared: never used twice, not even after a crash
+  std::uint64_t step = 0;    // newest known when the record was written
   int recovery_count = 0;
   std::int64_t submitted_unix_ms = 0;
   std::int64_t started_unix_ms = 0;
@@ -156,7 +157,7 @@ STAGECOACH_FIELDS(job_record, v("id", m.id), v("spec", m.spec), v("spec_text", m
                   v("state", m.state), v("reason", m.reason),
                   v("is_pause_wanted", m.is_pause_wanted),
                   v("is_cancel_wanted", m.is_cancel_wanted), v("device_class", m.device_class),
-                  v("generation", m.generation), v("step", m.step),
+                  v("generation", m.generation), v("number", m.number), v("step", m.step),
                   v("recovery_count", m.recovery_count),
                   v("submitted_unix_ms", m.submitted_unix_ms),
                   v("started_unix_ms", m.started_unix_ms), v("ended_unix_ms", m.ended_unix_ms))

@@ -1,1 +1,3 @@
 # What a worker decides: pure, so it is linked without a device, a link or CAF.
+add_library(sc_worker_core STATIC worker_machine.cpp)
+target_link_libraries(sc_worker_core PUBLIC sc_config sc_planning)

@@ -125,6 +125,7 @@ class worker_machine {
   void pass_on(to_coordinator message);  // now, or after the next welcome
   void tell(to_worker message);
   void say_state_again();
+  void forget_job();
   hello greeting() const;
   bool is_mine(std::uint64_t job, std::uint64_t generation) const {
     return job == job_ && generation == generation_;
@@ -146,7 +147,7 @@ class worker_machine {
   std::optional<failed> failed_;  // said again until a newer prepare
   std::optional<held> held_;
   std::optional<finished> finished_;
-  std::map<std::uint64_t, std::string> peer_states_;  // newest peer report by peer, said again
+  std::map<std::uint64_t, peer_report> peer_states_;  // newest by peer, said again
   std::deque<progress> queued_progress_;
   std::size_t queued_steps_ = 0;
   std::vector<part_saved> parts_;  // until durable

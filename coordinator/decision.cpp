@@ -1,0 +1,234 @@
+#include "coordinator/decision.hpp"
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <set>
+#include <tuple>
+#include <utility>
+
+#include "model/tensor_names.hpp"
+
+namespace stagecoach {
+
+namespace {
+
+using tensor_set = std::vector<char>;  // by global tensor index
+
+/// What a candidate can bring to one step.
+struct holder {
+  int candidate = 0;
+  worker_id worker{};
+  tensor_set tensors;
+  bool rolls_forward = false;
+};
+
+/// A state that some candidate stands at.
+struct stand {
+  std::uint64_t step = 0, chain = 0;
+  auto operator<=>(const stand&) const = default;
+};
+
+class chooser {
+ public:
+  chooser(const job_spec& spec, const layout& shape, const std::vector<candidate>& candidates)
+      : sizes_(all_tensor_sizes(spec.model)), shape_(shape), candidates_(candidates) {
+    for (std::size_t i = 0; i < sizes_.size(); ++i) indices_[sizes_[i].name] = static_cast<int>(i);
+    for (int stage = 0; stage < shape.stage_count; ++stage) {
+      const auto at = static_cast<std::size_t>(stage);
+      stages_.push_back(
+          stage_tensor_indices(spec.model, shape.unit_cuts[at], shape.unit_cuts[at + 1]));
+    }
+  }
+
+  std::optional<live_choice> choose(const stand& at) const {
+    std::optional<vote_result> vote;
+    for (const candidate& c : candidates_) {
+      const prepared& a = c.answer;
+      if (a.has_state && a.step == at.step && a.chain == at.chain && a.last_vote &&
+          a.last_vote->step == at.step && a.last_vote->chain == at.chain) {
+        vote = a.last_vote;
+      }
+    }
+    const std::vector<holder> holders = holders_of(at, vote.has_value());
+    const std::optional<std::vector<int>> chosen = cover(holders);
+    if (!chosen) return std::nullopt;
+
+    live_choice choice;
+    choice.step = at.step;
+    choice.chain = at.chain;
+    std::map<int, const holder*> held;  // by candidate
+    for (const holder& h : holders) held[h.candidate] = &h;
+    choice.by_rank = sit(*chosen, held);
+    for (const int c : choice.by_rank) {
+      if (held.count(c) != 0 && held.at(c)->rolls_forward) choice.roll_forward = vote;
+    }
+    choice.transfers = transfers(choice.by_rank, held);
+    return choice;
+  }
+
+ private:
+  std::int64_t size(int tensor) const { return sizes_[static_cast<std::size_t>(tensor)].count; }
+
+  std::vector<holder> holders_of(const stand& at, bool is_vote_known) const {
+    std::vector<holder> holders;
+    for (std::size_t i = 0; i < candidates_.size(); ++i) {
+      const prepared& a = candidates_[i].answer;
+      if (!a.has_state) continue;
+      const bool stands = a.step == at.step && a.chain == at.chain;
+      const bool rolls = a.step + 1 == at.step && a.has_pending && is_vote_known;
+      if (!stands && !rolls) continue;
+      holder h{static_cast<int>(i), candidates_[i].worker, tensor_set(sizes_.size(), 0), rolls};
+      for (const std::string& name : a.tensors) {
+        if (const auto found = indices_.find(name); found != indices_.end()) {
+          h.tensors[static_cast<std::size_t>(found->second)] = 1;
+        }
+      }
+      holders.push_back(std::move(h));
+    }
+    std::sort(holders.begin(), holders.end(),
+              [](const holder& a, const holder& b) { return a.worker < b.worker; });
+    return holders;
+  }
+
+  /// Candidates for all seats such that together they hold every tensor.
+  std::optional<std::vector<int>> cover(const std::vector<holder>& holders) const {
+    const auto seats = static_cast<std::size_t>(shape_.worker_count());
+    tensor_set covered(sizes_.size(), 0);
+    std::vector<int> chosen;
+    std::vector<char> is_taken(holders.size(), 0);
+    // Greedy by what is still missing. Not always the smallest cover, but holders are whole stages
+    // of one former plan, for which it is.
+    while (chosen.size() < seats) {
+      std::int64_t best_gain = 0;
+      std::size_t best = holders.size();
+      for (std::size_t i = 0; i < holders.size(); ++i) {
+        if (is_taken[i] != 0) continue;
+        std::int64_t gain = 0;
+        for (std::size_t t = 0; t < covered.size(); ++t) {
+          if (covered[t] == 0 && holders[i].tensors[t] != 0) gain += size(static_cast<int>(t));
+        }
+        if (gain > best_gain) {
+          best_gain = gain;
+          best = i;
+        }
+      }
+      if (best == holders.size()) break;
+      is_taken[best] = 1;
+      chosen.push_back(holders[best].candidate);
+      for (std::size_t t = 0; t < covered.size(); ++t) covered[t] |= holders[best].tensors[t];
+    }
+    if (std::find(covered.begin(), covered.end(), 0) != covered.end()) return std::nullopt;
+    // Other holders before those who would need everything.
+    for (std::size_t i = 0; i < holders.size() && chosen.size() < seats; ++i) {
+      if (is_taken[i] == 0) chosen.push_back(holders[i].candidate);
+    }
+    std::vector<int> rest(candidates_.size());
+    std::iota(rest.begin(), rest.end(), 0);
+    std::sort(rest.begin(), rest.end(), [this](int a, int b) {
+      return candidates_[static_cast<std::size_t>(a)].worker <
+             candidates_[static_cast<std::size_t>(b)].worker;
+    });
+    for (const int c : rest) {
+      if (chosen.size() == seats) break;
+      if (std::find(chosen.begin(), chosen.end(), c) == chosen.end()) chosen.push_back(c);
+    }
+    if (chosen.size() < seats) return std::nullopt;
+    return chosen;
+  }
+
+  /// Each to the stage of which it holds the most.
+  std::vector<int> sit(const std::vector<int>& chosen,
+                       const std::map<int, const holder*>& held) const {
+    // (elements held, worker, stage, candidate): most first, then by id.
+    std::vector<std::tuple<std::int64_t, worker_id, int, int>> wishes;
+    for (const int c : chosen) {
+      const worker_id worker = candidates_[static_cast<std::size_t>(c)].worker;
+      for (int stage = 0; stage < shape_.stage_count; ++stage) {
+        std::int64_t overlap = 0;
+        if (const auto h = held.find(c); h != held.end()) {
+          for (const int t : stages_[static_cast<std::size_t>(stage)]) {
+            if (h->second->tensors[static_cast<std::size_t>(t)] != 0) overlap += size(t);
+          }
+        }
+        wishes.emplace_back(-overlap, worker, stage, c);
+      }
+    }
+    std::sort(wishes.begin(), wishes.end());
+    std::vector<int> by_rank(static_cast<std::size_t>(shape_.worker_count()), -1);
+    std::vector<int> filled(static_cast<std::size_t>(shape_.stage_count), 0);
+    std::set<int> seated;
+    for (const auto& [overlap, worker, stage, c] : wishes) {
+      int& replica = filled[static_cast<std::size_t>(stage)];
+      if (replica == shape_.replica_count || seated.count(c) != 0) continue;
+      by_rank[static_cast<std::size_t>(replica * shape_.stage_count + stage)] = c;
+      ++replica;
+      seated.insert(c);
+    }
+    return by_rank;
+  }
+
+  std::vector<transfer_record> transfers(const std::vector<int>& by_rank,
+                                         const std::map<int, const holder*>& held) const {
+    std::vector<transfer_record> list;
+    std::vector<std::int64_t> sent(by_rank.size(), 0);
+    const auto holds = [&](std::size_t rank, int tensor) {
+      const auto h = held.find(by_rank[rank]);
+      return h != held.end() && h->second->tensors[static_cast<std::size_t>(tensor)] != 0;
+    };
+    for (std::size_t to = 0; to < by_rank.size(); ++to) {
+      for (const int tensor : stages_[to % static_cast<std::size_t>(shape_.stage_count)]) {
+        if (holds(to, tensor)) continue;
+        // The least busy sender, so that one survivor does not feed all joiners alone.
+        std::size_t from = by_rank.size();
+        for (std::size_t rank = 0; rank < by_rank.size(); ++rank) {
+          if (holds(rank, tensor) && (from == by_rank.size() || sent[rank] < sent[from])) {
+            from = rank;
+          }
+        }
+        invariant(from < by_rank.size(), "the members that were chosen hold every tensor");
+        sent[from] += size(tensor);
+        list.push_back({sizes_[static_cast<std::size_t>(tensor)].name, static_cast<int>(from),
+                        static_cast<int>(to)});
+      }
+    }
+    return list;
+  }
+
+  std::vector<tensor_size> sizes_;
+  std::map<std::string, int> indices_;
+  std::vector<std::vector<int>> stages_;
+  const layout& shape_;
+  const std::vector<candidate>& candidates_;
+};
+
+}  // namespace
+
+std::optional<live_choice> choose_live(const job_spec& spec, const layout& shape,
+                                       const std::vector<candidate>& candidates,
+                                       std::uint64_t step_min) {
+  std::set<stand> stands;
+  for (const candidate& c : candidates) {
+    if (c.answer.has_state && c.answer.step >= step_min) {
+      stands.insert({c.answer.step, c.answer.chain});
+    }
+  }
+  const chooser choose(spec, shape, candidates);
+  for (auto at = stands.rbegin(); at != stands.rend(); ++at) {
+    if (auto choice = choose.choose(*at)) return choice;
+  }
+  return std::nullopt;
+}
+
+std::vector<int> choose_fresh(const layout& shape, const std::vector<candidate>& candidates) {
+  std::vector<int> by_rank(candidates.size());
+  std::iota(by_rank.begin(), by_rank.end(), 0);
+  std::sort(by_rank.begin(), by_rank.end(), [&candidates](int a, int b) {
+    return candidates[static_cast<std::size_t>(a)].worker <
+           candidates[static_cast<std::size_t>(b)].worker;
+  });
+  by_rank.resize(static_cast<std::size_t>(shape.worker_count()));
+  return by_rank;
+}
+
+}  // namespace stagecoach

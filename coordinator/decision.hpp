@@ -1,0 +1,42 @@
+// Which members a new generation has, where each one sits, and whose state it starts from.
+//
+// Pure functions of what the candidates answered to prepare: the same answers give the same
+// decision everywhere. Says nothing of when to decide or whom to ask (coordinator/job_machine.hpp).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "config/ids.hpp"
+#include "config/job_spec.hpp"
+#include "coordinator/messages.hpp"
+#include "model/plan.hpp"
+
+namespace stagecoach {
+
+struct candidate {
+  worker_id worker{};
+  prepared answer;
+};
+
+/// by_rank: indices into the candidates.
+struct live_choice {
+  std::uint64_t step = 0, chain = 0;
+  std::vector<int> by_rank;
+  std::optional<vote_result> roll_forward;  // set if a member of by_rank stands at step - 1
+  std::vector<transfer_record> transfers;
+};
+
+/// The newest step, at least step_min, of which shape.worker_count() of the candidates hold every
+/// tensor of the model, at that step or one before it with the reduced gradient kept and the vote
+/// known. Members sit where they need the least from others; ties by worker id. None: no such step.
+std::optional<live_choice> choose_live(const job_spec& spec, const layout& shape,
+                                       const std::vector<candidate>& candidates,
+                                       std::uint64_t step_min);
+
+/// Members for a start from disk: by worker id.
+std::vector<int> choose_fresh(const layout& shape, const std::vector<candidate>& candidates);
+
+}  // namespace stagecoach

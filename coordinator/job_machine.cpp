@@ -1,0 +1,762 @@
+#include "coordinator/job_machine.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "coordinator/wire.hpp"
+
+// This file: events, what members say, views. Generations and losses are in job_generation.cpp;
+// orders, saves and the end in job_saves.cpp.
+namespace stagecoach {
+
+namespace {
+// Chains of this many newest steps are kept to compare a redone step with its first report; a redo
+// goes back to the newest checkpoint at most, and those chains are kept in the index.
+constexpr std::size_t chain_count_max = 8192;
+}  // namespace
+
+job_machine::job_machine(restored_job restored, detection rules)
+    : rules_(rules),
+      record_(std::move(restored.record)),
+      generation_(std::move(restored.generation)),
+      checkpoints_(std::move(restored.checkpoints)),
+      next_event_(restored.next_event) {
+  number_ = std::max(record_.number, record_.generation);
+  reported_step_ = record_.step;
+  if (generation_) {
+    plan_hash_ = plan_hash(generation_->shape);
+    number_ = std::max(number_, generation_->shape.generation);
+  }
+  for (const auto& [step, c] : checkpoints_) {
+    next_seq_ = std::max(next_seq_, c.seq + 1);
+    chains_[step] = c.chain;
+  }
+  if (record_.state == job_state::running) {
+    if (generation_) {
+      phase_ = phase::adopting;
+      for (const plan_member& m : generation_->shape.members) sought_.insert(m.worker);
+      waits_for_ =
+          "the coordinator was started again; waits for the workers of the newest generation";
+    } else {
+      record_.state = job_state::pending;  // its generation's row was lost
+    }
+  }
+}
+
+std::vector<action> job_machine::step(const job_event& e) {
+  std::visit([this](const auto& x) { on(x); }, e);
+  return std::exchange(out_, {});
+}
+
+// ---- events
+// -----------------------------------------------------------------------------------------
+void job_machine::on(const job_events::submitted& e) {
+  record_.submitted_unix_ms = e.unix_ms;
+  unix_ms_ = e.unix_ms;
+  save_record();
+  note("job_submitted",
+       fmt::format("{}: {} to {} workers", record_.spec.name, workers_least(), workers_most()));
+  agree(e.reply, record_.spec.name);
+}
+
+void job_machine::on(const job_events::workers_given& e) {
+  for (const worker_facts& facts : e.workers) {
+    member m;
+    m.facts = facts;
+    m.heard_ms = now_ms_;
+    members_[facts.id] = std::move(m);
+    sought_.erase(facts.id);
+  }
+  if (is_end(record_.state) || record_.state == job_state::paused) {
+    release_all("the job takes no workers");
+    return;
+  }
+  if (phase_ == phase::none) {
+    start_preparing("start");
+  } else if (phase_ == phase::preparing || phase_ == phase::finding) {
+    for (const worker_facts& facts : e.workers) ask(members_.at(facts.id));
+  }
+  advance();
+}
+
+void job_machine::on(const job_events::worker_connected& e) {
+  const hello& h = e.greeting;
+  if (members_.count(e.worker) == 0) {
+    if (!expects(e.worker)) return;
+    member m;
+    m.facts = {e.worker, h.process, h.name, h.host, h.link_host, h.link_port, h.device_class};
+    const auto& plan_members = generation_->shape.members;
+    for (std::size_t rank = 0; rank < plan_members.size(); ++rank) {
+      if (plan_members[rank].worker == e.worker) m.rank = static_cast<int>(rank);
+    }
+    members_[e.worker] = std::move(m);
+    sought_.erase(e.worker);
+  }
+  member& m = members_.at(e.worker);
+  m.is_connected = true;
+  m.heard_ms = now_ms_;
+  m.phase = static_cast<worker_phase>(h.phase);
+  m.step = h.step;
+  const bool is_ours = h.job == value(id()) && generation_ &&
+                       h.generation == generation_->shape.generation && h.plan_hash == plan_hash_;
+  if (is_ours) reported_step_ = std::max(reported_step_, h.step);
+  // A number that another incarnation of the coordinator used and did not get to save.
+  const bool has_promised_more = h.job == value(id()) && h.promised > number_;
+  if (has_promised_more) record_.number = std::max(record_.number, h.promised);
+
+  switch (phase_) {
+    case phase::none:
+      break;
+    case phase::backing_off:
+      break;
+    case phase::preparing:
+    case phase::finding:
+      if (has_promised_more) {
+        start_preparing(reason_);
+      } else {
+        ask(m);
+      }
+      break;
+    case phase::adopting:
+      m.is_astray = !is_ours || has_promised_more || m.phase == worker_phase::idle ||
+                    m.phase == worker_phase::prepared;
+      break;
+    case phase::loading:
+      if (m.rank < 0) break;
+      if (is_ours && m.phase != worker_phase::idle && m.phase != worker_phase::prepared) break;
+      if (commit_ && !has_promised_more && !is_ours) {
+        send_commit(m);  // it was lost with the connection
+      } else {
+        fail_generation(fmt::format("{} came back without the generation", m.facts.name));
+      }
+      break;
+    case phase::running:
+    case phase::holding:
+      if (m.rank < 0) break;
+      if (!is_ours || has_promised_more || m.phase == worker_phase::idle ||
+          m.phase == worker_phase::prepared) {
+        fail_generation(fmt::format("{} came back without the generation", m.facts.name));
+      } else if (m.phase == worker_phase::ready) {
+        send(e.worker, run_stage{value(id()), number_});
+      } else if (phase_ == phase::holding && m.rank == 0 && !m.is_held) {
+        give_orders();
+      } else if (phase_ == phase::running && m.phase == worker_phase::held) {
+        send(e.worker, resume_stage{value(id()), number_});
+      }
+      break;
+  }
+  advance();
+}
+
+void job_machine::on(const job_events::worker_disconnected& e) {
+  const auto found = members_.find(e.worker);
+  if (found == members_.end() || !found->second.is_connected) return;
+  found->second.is_connected = false;
+  found->second.disconnected_ms = now_ms_;
+  found->second.disconnected_why = e.why;
+  advance();
+}
+
+void job_machine::on(const job_events::worker_gone& e) {
+  sought_.erase(e.worker);
+  if (members_.count(e.worker) != 0) lose({{e.worker, e.why}});
+  sought_.erase(e.worker);  // known dead: nothing to wait for
+  advance();
+}
+
+void job_machine::on(const job_events::worker_said& e) {
+  if (is_end(record_.state)) return;
+  const auto found = members_.find(e.worker);
+  if (found == members_.end()) {
+    // Fenced by its content and not by who sends it: a part that was written counts for its step.
+    if (const auto* part = std::get_if<part_saved>(&e.message)) {
+      saved(*part, e.worker);
+      advance();
+    } else {
+      ++stale_messages_;
+    }
+    return;
+  }
+  found->second.heard_ms = now_ms_;
+  std::visit([this, &m = found->second](const auto& x) { said(m, x); }, e.message);
+  advance();
+}
+
+void job_machine::on(const job_events::worker_draining& e) {
+  const auto found = members_.find(e.worker);
+  if (found == members_.end() || found->second.is_draining == e.is_draining) return;
+  found->second.is_draining = e.is_draining;
+  change_since_ms_ = -1;
+  advance();
+}
+
+void job_machine::on(const job_events::tick& e) {
+  now_ms_ = e.now_ms;
+  unix_ms_ = e.unix_ms;
+  if (!has_ticked_) {
+    has_ticked_ = true;
+    phase_since_ms_ = now_ms_;  // a restored machine starts its clocks here
+    for (auto& [id, m] : members_) m.heard_ms = now_ms_;
+    if (record_.state == job_state::pending && record_.is_pause_wanted) {
+      leave_workers(job_state::paused, "paused");
+    }
+    if (record_.state == job_state::pending && record_.is_cancel_wanted) {
+      end(job_state::cancelled, "cancelled");
+    }
+  }
+  advance();
+}
+
+void job_machine::on(const job_events::pause& e) {
+  if (is_end(record_.state)) {
+    reply(e.reply, make_error(errc::conflict, "job {} is {}: nothing to pause", record_.spec.name,
+                              to_string(record_.state)));
+    return;
+  }
+  if (record_.state == job_state::paused) return agree(e.reply, "paused already");
+  // Without a generation that runs there is no step after which to stop: what is durable is what is
+  // kept.
+  if (phase_ == phase::none || (phase_ == phase::preparing && short_since_ms_ >= 0)) {
+    leave_workers(job_state::paused, "paused");
+    return agree(e.reply, "paused");
+  }
+  record_.is_pause_wanted = true;
+  save_record();
+  note("pause_wanted", "pauses after a step, with a checkpoint");
+  agree(e.reply, "pausing: after the step that runs, with a checkpoint");
+  advance();
+}
+
+void job_machine::on(const job_events::resume& e) {
+  if (record_.state == job_state::paused) {
+    record_.state = job_state::pending;
+    record_.reason.clear();
+    step_max_ = ~0ull;
+    fruitless_count_ = 0;
+    failure_ms_.clear();
+    refused_.clear();
+    save_record();
+    note("job_resumed", "waits for workers");
+    return agree(e.reply, "waits for workers");
+  }
+  if (record_.is_pause_wanted) {
+    record_.is_pause_wanted = false;
+    save_record();
+    note("pause_withdrawn", "goes on");
+    agree(e.reply, "the pause is withdrawn");
+    return advance();
+  }
+  reply(e.reply, make_error(errc::conflict, "job {} is {}: only a paused job can be resumed",
+                            record_.spec.name, to_string(state())));
+}
+
+void job_machine::on(const job_events::cancel& e) {
+  if (is_end(record_.state)) {
+    reply(e.reply, make_error(errc::conflict, "job {} is {} already", record_.spec.name,
+                              to_string(record_.state)));
+    return;
+  }
+  const bool can_save = phase_ == phase::running || phase_ == phase::holding;
+  if (e.now || !can_save) {
+    end(job_state::cancelled, "cancelled");
+    return agree(e.reply, "cancelled");
+  }
+  record_.is_cancel_wanted = true;
+  save_record();
+  note("cancel_wanted", "stops after a step, with a checkpoint");
+  agree(e.reply, "stopping: after the step that runs, with a checkpoint");
+  advance();
+}
+
+void job_machine::on(const job_events::save_now& e) {
+  const auto ranks = planned();
+  if (phase_ != phase::running || ranks.empty() || ranks[0]->rank != 0 || !ranks[0]->is_connected) {
+    reply(e.reply, make_error(errc::conflict, "job {} is {}: only a running job can save",
+                              record_.spec.name, to_string(state())));
+    return;
+  }
+  send(ranks[0]->facts.id,
+       give_order{value(id()), number_, next_order_++, static_cast<int>(order_kind::save)});
+  agree(e.reply, "saves after the step that runs");
+}
+
+// ---- what members say
+// -------------------------------------------------------------------------------
+void job_machine::said(member&, const hello&) {}
+
+void job_machine::said(member& m, const beat& x) {
+  if (x.job != value(id()) || !generation_ || x.generation != generation_->shape.generation) return;
+  m.phase = static_cast<worker_phase>(x.phase);
+  m.step = std::max(m.step, x.step);
+  reported_step_ = std::max(reported_step_, x.step);
+}
+
+void job_machine::said(member& m, const prepared& x) {
+  const bool is_asked = phase_ == phase::preparing || phase_ == phase::finding;
+  if (x.job != value(id()) || x.number != number_ || !is_asked) {
+    ++stale_messages_;
+    return;
+  }
+  m.answer = x;
+  m.phase = worker_phase::prepared;
+  if (x.has_state) reported_step_ = std::max(reported_step_, x.step);
+}
+
+void job_machine::said(member& m, const ready& x) {
+  const bool is_awaited = phase_ == phase::loading || phase_ == phase::adopting;
+  if (!is_awaited || m.rank < 0 || !is_current(x.generation, x.plan_hash)) return;
+  if (!m.loaded && phase_ == phase::loading)
+    phase_since_ms_ = now_ms_;  // a sign of life for load_wait
+  m.loaded = x;
+  m.phase = worker_phase::ready;
+  m.step = x.step;
+}
+
+void job_machine::said(member& m, const failed& x) {
+  if (phase_ == phase::adopting && x.generation == number_of_plan()) {
+    m.is_astray = true;
+    return;
+  }
+  if (!is_committed() || m.rank < 0 || x.generation != number_) {
+    ++stale_messages_;
+    return;
+  }
+  if (x.is_fatal) return end(job_state::failed, x.message);
+  const bool is_of_links =
+      x.code == to_string(errc::unreachable) || x.code == to_string(errc::cancelled) ||
+      x.code == to_string(errc::conflict) || x.code == to_string(errc::timed_out);
+  if (is_of_links || phase_ != phase::loading) return fail_generation(x.message);
+  const bool is_of_checkpoint =
+      generation_->source == source_kind::checkpoint && x.code == to_string(errc::corrupt);
+  if (is_of_checkpoint && generation_->step > 0) {
+    step_max_ = generation_->step - 1;
+    return fail_generation(
+        fmt::format("checkpoint {} does not load: {}", generation_->step, x.message));
+  }
+  // Its own host lacks something (a data file, memory): another worker may do better.
+  const worker_id worker = m.facts.id;
+  refused_[worker] = x.message;
+  note("worker_refused", x.message, {{"worker", m.facts.name}}, "error");
+  send(worker, stop_stage{value(id()), "failed at this job"});
+  if (!count_failure(x.message)) return;
+  release(worker, x.message);
+  fail_generation(fmt::format("{} failed: {}", fmt::format("w-{}", value(worker)), x.message));
+}
+
+void job_machine::said(member& m, const progress& x) {
+  if (x.job != value(id()) || x.generation > number_) {
+    ++stale_messages_;
+    return;
+  }
+  for (const step_report& s : x.steps) {
+    if (chains_.count(s.step) != 0) ++redone_steps_;
+    check_chain(s.step, s.chain, m.facts.name);
+    if (s.step > newest_report_.step) newest_report_ = s;
+    if (x.generation == number_) reported_step_ = std::max(reported_step_, s.step);
+  }
+  const bool is_of_this = is_committed() && x.generation == number_;
+  if (is_of_this && !x.steps.empty()) {
+    fruitless_count_ = 0;
+    m.step = std::max(m.step, x.steps.back().step);
+    if (loss_ms_ >= 0) {
+      last_recovery_ms_ = now_ms_ - loss_ms_;
+      loss_ms_ = -1;
+      note("recovered",
+           fmt::format("step {} done {} ms after the loss was noticed", x.steps.back().step,
+                       last_recovery_ms_),
+           {{"step", std::to_string(x.steps.back().step)},
+            {"recovery_ms", std::to_string(last_recovery_ms_)}});
+    }
+  }
+  if (!x.steps.empty()) out_.push_back(actions::series{id(), x.generation, x.steps});
+}
+
+void job_machine::said(member&, const evaluated& x) {
+  if (x.job != value(id())) return;
+  newest_evaluation_ = x;
+  out_.push_back(actions::evaluation{id(), x.step, x.loss});
+}
+
+void job_machine::said(member& m, const part_saved& x) { saved(x, m.facts.id); }
+
+void job_machine::said(member& m, const held& x) {
+  if (!is_committed_or_adopting() || m.rank < 0 || !is_current(x.generation, plan_hash_)) return;
+  m.is_held = true;
+  m.phase = worker_phase::held;
+  m.step = x.step;
+  reported_step_ = std::max(reported_step_, x.step);
+}
+
+void job_machine::said(member& m, const finished& x) {
+  if (!is_committed_or_adopting() || m.rank < 0 || !is_current(x.generation, plan_hash_)) return;
+  m.is_finished = true;
+  m.phase = worker_phase::finished;
+  m.step = x.step;
+  reported_step_ = std::max(reported_step_, x.step);
+}
+
+void job_machine::said(member& m, const peer_report& x) {
+  // Also while the next generation is prepared: it tells who need not be waited for.
+  if (!generation_ || x.generation != generation_->shape.generation || m.rank < 0) return;
+  const auto about = members_.find(static_cast<worker_id>(x.peer));
+  if (about == members_.end() && x.what == "lost")
+    sought_lost_.insert(static_cast<worker_id>(x.peer));
+  if (about == members_.end() || about->second.rank < 0) return;
+  member& peer = about->second;
+  if (x.what == "lost") {
+    peer.lost_by.emplace(m.facts.id, now_ms_);
+  } else if (x.what == "suspected") {
+    peer.suspected_by.emplace(m.facts.id, now_ms_);
+  } else if (x.what == "recovered") {
+    peer.suspected_by.erase(m.facts.id);
+  }
+}
+
+void job_machine::said(member& m, const log_line& x) {
+  out_.push_back(actions::log{id(), m.facts.id, x});
+}
+
+void job_machine::said(member& m, const goodbye& x) {
+  const worker_id worker = m.facts.id;
+  lose({{worker, "said goodbye: " + x.reason}});
+  sought_.erase(worker);
+}
+
+/// The chain is a hash over all losses and norms so far: one step, one chain, whoever computes it.
+void job_machine::check_chain(std::uint64_t step, std::uint64_t chain, const std::string& who) {
+  const auto [known, is_new] = chains_.emplace(step, chain);
+  if (is_new) {
+    while (chains_.size() > chain_count_max) chains_.erase(chains_.begin());
+    return;
+  }
+  if (known->second == chain) return;
+  ++divergences_;
+  note("divergence",
+       fmt::format("step {} was reported with chain {:016x} and now, by {}, with {:016x}: the same "
+                   "step gave "
+                   "other bits",
+                   step, known->second, who, chain),
+       {{"step", std::to_string(step)}}, "error");
+}
+
+// ---- every event ends here
+// --------------------------------------------------------------------------
+void job_machine::advance() {
+  if (phase_ == phase::none) return;
+  watch_members();
+  consider_end();
+  if (phase_ == phase::adopting) consider_adoption();
+  if (phase_ == phase::backing_off && now_ms_ >= back_off_until_ms_) start_preparing(reason_);
+  if (phase_ == phase::preparing) consider_decision();
+  if (phase_ == phase::loading) consider_running();
+  if (phase_ == phase::running) consider_change();
+  if (phase_ == phase::holding) consider_hold();
+}
+
+// ---- small ones
+// -------------------------------------------------------------------------------------
+void job_machine::enter(phase p) {
+  phase_ = p;
+  phase_since_ms_ = now_ms_;
+}
+
+void job_machine::release(worker_id worker, const std::string& reason, bool is_lost) {
+  members_.erase(worker);
+  out_.push_back(actions::release{worker, is_lost, reason});
+}
+
+void job_machine::release_all(const std::string& reason) {
+  while (!members_.empty()) {
+    const worker_id worker = members_.begin()->first;
+    send(worker, stop_stage{value(id()), reason});
+    release(worker, reason);
+  }
+}
+
+void job_machine::end(job_state state, const std::string& reason) {
+  record_.state = state;
+  record_.reason = state == job_state::completed ? "" : reason;
+  record_.is_pause_wanted = record_.is_cancel_wanted = false;
+  record_.ended_unix_ms = unix_ms_;
+  record_.step = std::max(record_.step, reported_step_);
+  enter(phase::none);
+  waits_for_.clear();
+  saves_.clear();
+  save_record();
+  note(state == job_state::completed ? "job_completed"
+       : state == job_state::failed  ? "job_failed"
+                                     : "job_cancelled",
+       reason, {{"step", std::to_string(record_.step)}},
+       state == job_state::failed ? "error" : "info");
+  release_all(reason);
+}
+
+/// Gives all workers back and becomes paused or pending; what is durable is what is kept.
+void job_machine::leave_workers(job_state state, const std::string& reason) {
+  record_.state = state;
+  record_.reason = reason;
+  record_.is_pause_wanted = false;
+  record_.step = std::max(record_.step, reported_step_);
+  enter(phase::none);
+  sought_.clear();
+  short_since_ms_ = -1;
+  waits_for_.clear();
+  hold_reason_.clear();
+  orders_.clear();
+  save_record();
+  note(state == job_state::paused ? "job_paused" : "job_waits", reason,
+       {{"step", std::to_string(newest_saved().value_or(0))}});
+  release_all(reason);
+}
+
+actions::row job_machine::record_row() const { return {keys::job(id()), to_json_text(record_)}; }
+void job_machine::save_record() { out_.push_back(actions::save{{record_row()}, true}); }
+
+void job_machine::note(const std::string& kind, const std::string& text,
+                       std::map<std::string, std::string> fields, const std::string& level) {
+  out_.push_back(
+      actions::note{{id(), next_event_++, unix_ms_, kind, level, text, std::move(fields)}});
+}
+
+void job_machine::send(worker_id to, to_worker message) {
+  out_.push_back(actions::send{to, connection_id{}, std::move(message)});
+}
+
+void job_machine::reply(reply_id to, result<actions::reply_value> outcome) {
+  if (to != reply_id{}) out_.push_back(actions::reply{to, std::move(outcome)});
+}
+void job_machine::agree(reply_id to, const std::string& text) {
+  reply(to, actions::reply_value{id(), text});
+}
+
+bool job_machine::is_current(std::uint64_t generation, std::uint64_t hash) {
+  if (is_committed_or_adopting() && generation == number_of_plan() && hash == plan_hash_)
+    return true;
+  ++stale_messages_;
+  return false;
+}
+
+bool job_machine::is_committed() const {
+  return phase_ == phase::loading || phase_ == phase::running || phase_ == phase::holding;
+}
+
+int job_machine::workers_least() const {
+  const job_spec& s = record_.spec;
+  if (s.parallelism.is_explicit) return std::max(1, s.parallelism.stages * s.parallelism.replicas);
+  return std::max(1, s.elasticity.workers_min);
+}
+int job_machine::workers_most() const {
+  if (record_.spec.parallelism.is_explicit) return workers_least();
+  return std::max(workers_least(), record_.spec.elasticity.workers_max);
+}
+
+int job_machine::staying_count() const {
+  return static_cast<int>(std::count_if(members_.begin(), members_.end(),
+                                        [](const auto& m) { return !m.second.is_draining; }));
+}
+
+std::optional<std::uint64_t> job_machine::newest_saved() const {
+  if (checkpoints_.empty()) return std::nullopt;
+  return checkpoints_.rbegin()->first;
+}
+bool job_machine::is_final_saved() const { return checkpoints_.count(stop_step()) != 0; }
+
+std::vector<job_machine::member*> job_machine::planned() {
+  std::vector<member*> list;
+  for (auto& [id, m] : members_) {
+    if (m.rank >= 0) list.push_back(&m);
+  }
+  std::sort(list.begin(), list.end(),
+            [](const member* a, const member* b) { return a->rank < b->rank; });
+  return list;
+}
+bool job_machine::is_whole() const {
+  const auto count = std::count_if(members_.begin(), members_.end(),
+                                   [](const auto& m) { return m.second.rank >= 0; });
+  return count == planned_count();
+}
+
+// ---- views
+// ------------------------------------------------------------------------------------------
+job_state job_machine::state() const {
+  if (is_end(record_.state) || record_.state == job_state::paused) return record_.state;
+  switch (phase_) {
+    case phase::none:
+      return job_state::pending;
+    case phase::adopting:
+      return job_state::running;
+    case phase::backing_off:
+    case phase::preparing:
+    case phase::finding:
+    case phase::loading:
+      return is_after_loss_ ? job_state::recovering : job_state::planning;
+    case phase::running:
+      return finished_ms_ >= 0 ? job_state::checkpointing : job_state::running;
+    case phase::holding:
+      return record_.is_pause_wanted || record_.is_cancel_wanted ? job_state::checkpointing
+                                                                 : job_state::running;
+  }
+  return job_state::pending;
+}
+
+const char* job_machine::phase_name() const {
+  switch (phase_) {
+    case phase::none:
+      return "none";
+    case phase::adopting:
+      return "adopting";
+    case phase::backing_off:
+      return "backing_off";
+    case phase::preparing:
+      return "preparing";
+    case phase::finding:
+      return "finding";
+    case phase::loading:
+      return "loading";
+    case phase::running:
+      return "running";
+    case phase::holding:
+      return "holding";
+  }
+  return "none";
+}
+
+/// Workers that the best layout for the staying ones and `more` others would use.
+int job_machine::grown_count(int more) const {
+  const int count = std::min(staying_count() + more, workers_most());
+  if (count < 1) return 0;
+  const result<layout> shape = choose_layout(record_.spec, count);
+  return shape ? shape->worker_count() : 0;
+}
+
+worker_wish job_machine::wish(int free_suitable) const {
+  if (is_end(record_.state) || record_.state == job_state::paused) return {};
+  const int missing = std::max(0, workers_most() - staying_count());
+  switch (phase_) {
+    case phase::none:
+      return {workers_least(), workers_most(), false};
+    case phase::backing_off:
+    case phase::preparing:
+    case phase::finding: {
+      // shrink: goes on with the survivors where they are enough; it may grow later.
+      const bool shrinks = record_.spec.elasticity.on_loss == "shrink" && is_after_loss_ &&
+                           staying_count() >= workers_least();
+      return shrinks ? worker_wish{} : worker_wish{std::min(1, missing), missing, false};
+    }
+    case phase::running: {
+      if (finished_ms_ >= 0 || record_.is_pause_wanted || record_.is_cancel_wanted) return {};
+      const int grown = grown_count(std::min(missing, free_suitable));
+      const bool replaces = staying_count() < planned_count();  // someone is draining
+      if (grown <= staying_count() || (grown <= planned_count() && !replaces)) return {};
+      return {1, grown - staying_count(), !replaces};
+    }
+    case phase::adopting:
+    case phase::loading:
+    case phase::holding:
+      return {};
+  }
+  return {};
+}
+
+bool job_machine::accepts(const worker_facts& worker, std::string* why) const {
+  const auto refused = refused_.find(worker.id);
+  if (refused != refused_.end()) {
+    if (why != nullptr) *why = "failed at this job: " + refused->second;
+    return false;
+  }
+  if (!record_.device_class.empty() && worker.device_class != record_.device_class) {
+    if (why != nullptr) {
+      *why = fmt::format("its arithmetic is class {}, the job's is {}", worker.device_class,
+                         record_.device_class);
+    }
+    return false;
+  }
+  return true;
+}
+
+std::vector<worker_id> job_machine::workers() const {
+  std::vector<worker_id> ids;
+  for (const auto& [id, m] : members_) ids.push_back(id);
+  return ids;
+}
+
+bool job_machine::expects(worker_id id) const {
+  if (phase_ == phase::none || !generation_ || sought_.count(id) == 0) return false;
+  const bool can_join = phase_ == phase::adopting || phase_ == phase::backing_off ||
+                        phase_ == phase::preparing || phase_ == phase::finding;
+  const auto& members = generation_->shape.members;
+  return can_join && std::any_of(members.begin(), members.end(),
+                                 [id](const plan_member& m) { return m.worker == id; });
+}
+
+job_view job_machine::view() const {
+  job_view v;
+  v.id = id();
+  v.name = record_.spec.name;
+  v.state = to_string(state());
+  v.reason = !record_.reason.empty() ? record_.reason : waits_for_;
+  v.priority = record_.spec.priority;
+  v.step = std::max(reported_step_, newest_saved().value_or(0));
+  v.stop_steps = stop_step();
+  v.phase = phase_name();
+  if (generation_) {
+    const layout& shape = generation_->shape.shape;
+    v.generation = generation_->shape.generation;
+    v.plan_hash = plan_hash_;
+    v.stages = shape.stage_count;
+    v.replicas = shape.replica_count;
+    v.schedule = shape.schedule;
+    v.unit_cuts = shape.unit_cuts;
+    v.leaf_cuts = shape.leaf_cuts;
+  }
+  v.workers = static_cast<int>(members_.size());
+  v.workers_min = workers_least();
+  v.workers_max = workers_most();
+  v.loss = newest_report_.loss;
+  v.step_us = newest_report_.step_us;
+  if (newest_evaluation_) {
+    v.evaluated_step = newest_evaluation_->step;
+    v.evaluated_loss = newest_evaluation_->loss;
+  }
+  if (!checkpoints_.empty()) {
+    const checkpoint_record& c = checkpoints_.rbegin()->second;
+    v.has_saved = true;
+    v.saved_step = c.step;
+    v.saved_hash = c.weights_hash;
+    v.saved_unix_ms = c.unix_ms;
+    if (v.loss.bits == 0) v.loss = c.loss;
+  }
+  v.recovery_count = record_.recovery_count;
+  v.redone_steps = redone_steps_;
+  v.divergences = divergences_;
+  v.stale_messages = stale_messages_;
+  v.last_recovery_ms = last_recovery_ms_;
+  v.submitted_unix_ms = record_.submitted_unix_ms;
+  v.started_unix_ms = record_.started_unix_ms;
+  v.ended_unix_ms = record_.ended_unix_ms;
+  std::vector<int> copies(static_cast<std::size_t>(std::max(1, v.stages)), 0);
+  for (const auto& [id, m] : members_) {
+    member_view x;
+    x.worker = id;
+    x.name = m.facts.name;
+    x.host = m.facts.host;
+    x.step = m.step;
+    if (m.rank >= 0 && generation_) {
+      x.stage = generation_->shape.stage_of(m.rank);
+      x.replica = generation_->shape.replica_of(m.rank);
+      if (m.is_connected) ++copies[static_cast<std::size_t>(x.stage)];
+    }
+    x.state = !m.is_connected                                          ? "disconnected"
+              : m.is_draining                                          ? "draining"
+              : m.rank < 0                                             ? "joining"
+              : m.is_finished                                          ? "finished"
+              : m.is_held                                              ? "held"
+              : is_committed() && m.loaded && phase_ == phase::loading ? "ready"
+                                                                       : phase_name();
+    v.members.push_back(std::move(x));
+  }
+  v.losses_survived = std::max(0, *std::min_element(copies.begin(), copies.end()) - 1);
+  return v;
+}
+
+}  // namespace stagecoach

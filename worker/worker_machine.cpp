@@ -1,0 +1,300 @@
+#include "worker/worker_machine.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace stagecoach {
+
+namespace {
+constexpr std::size_t steps_of_a_message_max = 1'000;  // 200 KB of JSON
+}
+
+worker_machine::worker_machine(worker_identity identity) : identity_(std::move(identity)) {}
+
+std::vector<worker_action> worker_machine::step(const worker_event& e) {
+  std::visit([this](const auto& x) { on(x); }, e);
+  return std::exchange(out_, {});
+}
+
+// ---- the control channel
+// ----------------------------------------------------------------------------
+void worker_machine::on(const worker_events::connected& e) {
+  is_connected_ = true;
+  is_welcome_ = false;
+  if (job_ != 0) step_ = std::max(step_, e.step);
+  out_.push_back(worker_actions::send{greeting()});
+}
+
+void worker_machine::on(const worker_events::disconnected&) { is_connected_ = is_welcome_ = false; }
+
+void worker_machine::on(const worker_events::coordinator_said& e) {
+  std::visit([this](const auto& x) { told(x); }, e.message);
+}
+
+void worker_machine::on(const worker_events::trainer_said& e) {
+  std::visit([this](const auto& x) { said(x); }, e.message);
+}
+
+void worker_machine::on(const worker_events::tick& e) {
+  now_ms_ = e.now_ms;
+  if (job_ != 0) step_ = std::max(step_, e.step);
+  if (!is_welcome_ || now_ms_ < next_beat_ms_) return;
+  next_beat_ms_ = now_ms_ + beat_ms_;
+  send(beat{job_, generation_, step_, static_cast<int>(phase_)});
+}
+
+void worker_machine::on(const worker_events::stopping& e) {
+  if (is_connected_) out_.push_back(worker_actions::send{goodbye{e.reason}});
+}
+
+// ---- what the coordinator says
+// ----------------------------------------------------------------------
+void worker_machine::told(const welcome& x) {
+  if (x.incarnation < incarnation_) {
+    // A coordinator that was thought dead: it must not decide beside its successor.
+    is_welcome_ = false;
+    out_.push_back(worker_actions::reconnect{"this coordinator has a successor"});
+    return;
+  }
+  id_ = x.worker;
+  incarnation_ = x.incarnation;
+  beat_ms_ = std::clamp<std::int64_t>(x.beat_ms, 10, 60'000);
+  next_beat_ms_ = now_ms_ + beat_ms_;
+  is_welcome_ = true;
+  say_state_again();
+}
+
+void worker_machine::told(const refused& x) {
+  if (x.is_final) out_.push_back(worker_actions::give_up{x.reason});
+}
+
+void worker_machine::told(const prepare& x) {
+  if (x.job != job_) {
+    if (job_ != 0) tell(stop_stage{job_, "given to another job"});
+    forget_job();
+    job_ = x.job;
+  }
+  if (x.number < promised_ || x.number <= generation_) {
+    ++stale_messages_;
+    return;
+  }
+  if (x.number == promised_) {
+    if (answer_) send(*answer_);  // else the trainer's answer is on its way
+    return;
+  }
+  promised_ = x.number;
+  phase_ = worker_phase::prepared;
+  is_dropping_ = true;
+  answer_.reset();
+  ready_.reset();
+  failed_.reset();
+  held_.reset();
+  finished_.reset();
+  tell(x);
+}
+
+void worker_machine::told(const commit& x) {
+  const bool is_awaited = value(x.shape.job) == job_ && x.shape.generation == promised_ &&
+                          x.shape.generation > generation_;
+  if (!is_awaited) {
+    ++stale_messages_;
+    return;
+  }
+  generation_ = x.shape.generation;
+  plan_hash_ = plan_hash(x.shape);
+  phase_ = worker_phase::loading;
+  is_dropping_ = false;
+  step_ = x.step;
+  peer_states_.clear();
+  tell(x);
+}
+
+void worker_machine::told(const run_stage& x) {
+  if (!is_mine(x.job, x.generation) || phase_ != worker_phase::ready) {
+    ++stale_messages_;
+    return;
+  }
+  phase_ = worker_phase::running;
+  ready_.reset();
+  tell(x);
+}
+
+void worker_machine::told(const give_order& x) {
+  if (!is_mine(x.job, x.generation) || phase_ != worker_phase::running) {
+    ++stale_messages_;
+    return;
+  }
+  tell(x);
+}
+
+void worker_machine::told(const resume_stage& x) {
+  if (!is_mine(x.job, x.generation) || phase_ != worker_phase::held) {
+    ++stale_messages_;
+    return;
+  }
+  phase_ = worker_phase::running;
+  held_.reset();
+  tell(x);
+}
+
+void worker_machine::told(const checkpoint_durable& x) {
+  std::erase_if(parts_, [&x](const part_saved& p) { return p.job == x.job && p.step <= x.step; });
+  if (x.job == job_) tell(x);
+}
+
+void worker_machine::told(const stop_stage& x) {
+  if (x.job == 0 || x.job != job_) {
+    ++stale_messages_;
+    return;
+  }
+  tell(x);
+  forget_job();
+}
+
+void worker_machine::forget_job() {
+  phase_ = worker_phase::idle;
+  job_ = generation_ = plan_hash_ = promised_ = step_ = 0;
+  is_dropping_ = false;
+  answer_.reset();
+  ready_.reset();
+  failed_.reset();
+  held_.reset();
+  finished_.reset();
+  peer_states_.clear();
+  parts_.clear();
+}
+
+// ---- what the trainer says
+// --------------------------------------------------------------------------
+void worker_machine::said(const prepared& x) {
+  if (x.job != job_ || x.number != promised_ || !is_dropping_)
+    return;  // a newer prepare came since
+  is_dropping_ = false;
+  answer_ = x;
+  step_ = x.has_state ? x.step : 0;
+  if (is_welcome_) send(x);
+}
+
+void worker_machine::said(const ready& x) {
+  if (!is_mine(x.job, x.generation) || phase_ != worker_phase::loading) return;
+  phase_ = worker_phase::ready;
+  step_ = x.step;
+  ready_ = x;
+  if (is_welcome_) send(x);
+}
+
+void worker_machine::said(const failed& x) {
+  const bool is_of_this = is_mine(x.job, x.generation) && phase_ != worker_phase::prepared;
+  if (!is_of_this) return;  // the generation is gone already
+  phase_ = worker_phase::prepared;
+  failed_ = x;
+  if (is_welcome_) send(x);
+}
+
+void worker_machine::said(const progress& x) {
+  if (x.job == job_ && !x.steps.empty()) step_ = std::max(step_, x.steps.back().step);
+  if (is_welcome_) return send(x);
+  for (std::size_t first = 0; first < x.steps.size(); first += steps_of_a_message_max) {
+    progress piece{x.job, x.generation, x.plan_hash, {}};
+    const std::size_t last = std::min(x.steps.size(), first + steps_of_a_message_max);
+    piece.steps.assign(x.steps.begin() + static_cast<std::ptrdiff_t>(first),
+                       x.steps.begin() + static_cast<std::ptrdiff_t>(last));
+    queued_steps_ += piece.steps.size();
+    // Small reports of one generation become one message.
+    const bool joins =
+        !queued_progress_.empty() && queued_progress_.back().job == x.job &&
+        queued_progress_.back().generation == x.generation &&
+        queued_progress_.back().steps.size() + piece.steps.size() <= steps_of_a_message_max;
+    if (joins) {
+      auto& into = queued_progress_.back().steps;
+      into.insert(into.end(), piece.steps.begin(), piece.steps.end());
+    } else {
+      queued_progress_.push_back(std::move(piece));
+    }
+  }
+  while (queued_steps_ > queued_steps_max) {
+    queued_steps_ -= queued_progress_.front().steps.size();
+    dropped_reports_ += queued_progress_.front().steps.size();
+    queued_progress_.pop_front();
+  }
+}
+
+void worker_machine::said(const part_saved& x) {
+  if (!x.problem.empty()) return pass_on(x);
+  if (x.job == job_) {
+    if (parts_.size() >= queued_parts_max) parts_.erase(parts_.begin());
+    parts_.push_back(x);
+  }
+  if (is_welcome_) send(x);
+}
+
+void worker_machine::said(const held& x) {
+  if (!is_mine(x.job, x.generation) || phase_ != worker_phase::running) return;
+  phase_ = worker_phase::held;
+  step_ = x.step;
+  held_ = x;
+  if (is_welcome_) send(x);
+}
+
+void worker_machine::said(const finished& x) {
+  const bool ran = phase_ == worker_phase::running || phase_ == worker_phase::held;
+  if (!is_mine(x.job, x.generation) || !ran) return;
+  phase_ = worker_phase::finished;
+  step_ = x.step;
+  finished_ = x;
+  if (is_welcome_) send(x);
+}
+
+void worker_machine::said(const peer_report& x) {
+  if (!is_mine(x.job, x.generation)) return;
+  peer_report& newest = peer_states_[x.peer];
+  if (newest.what != "lost") newest = x;  // a link that closed does not come back in its generation
+  if (is_welcome_) send(x);
+}
+
+// ---- small ones
+// -------------------------------------------------------------------------------------
+void worker_machine::send(to_coordinator message) {
+  if (is_connected_) out_.push_back(worker_actions::send{std::move(message)});
+}
+
+void worker_machine::pass_on(to_coordinator message) {
+  if (is_welcome_) return send(std::move(message));
+  if (queued_others_.size() >= queued_others_max) {
+    queued_others_.pop_front();
+    ++dropped_reports_;
+  }
+  queued_others_.push_back(std::move(message));
+}
+
+void worker_machine::tell(to_worker message) {
+  out_.push_back(worker_actions::tell_trainer{std::move(message)});
+}
+
+/// After each welcome: all that a coordinator may have missed. It drops what it knows.
+void worker_machine::say_state_again() {
+  for (const progress& p : queued_progress_) send(p);
+  queued_progress_.clear();
+  queued_steps_ = 0;
+  for (const part_saved& p : parts_) send(p);
+  for (const auto& [peer, report] : peer_states_) send(report);
+  for (to_coordinator& message : queued_others_) send(std::move(message));
+  queued_others_.clear();
+  if (failed_) send(*failed_);
+  if (ready_) send(*ready_);
+  if (held_) send(*held_);
+  if (finished_) send(*finished_);
+}
+
+hello worker_machine::greeting() const {
+  hello h = identity_;
+  h.job = job_;
+  h.generation = generation_;
+  h.plan_hash = plan_hash_;
+  h.phase = static_cast<int>(phase_);
+  h.step = step_;
+  h.promised = promised_;
+  return h;
+}
+
+}  // namespace stagecoach
