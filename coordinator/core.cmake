@@ -10,3 +10,8 @@ add_library(sc_coordinator_core STATIC
   decision.cpp job_machine.cpp job_generation.cpp job_saves.cpp cluster_machine.cpp)
 target_link_libraries(sc_coordinator_core PUBLIC sc_wire sc_planning sc_tensor_names)
 add_library(sc_machines ALIAS sc_coordinator_core)
+
+# The machines together under a seeded clock, network, store and disk.
+add_executable(test_sim ${CMAKE_SOURCE_DIR}/tests/sim/main.cpp ${CMAKE_SOURCE_DIR}/tests/sim/cluster_sim.cpp)
+target_link_libraries(test_sim PRIVATE sc_coordinator_core sc_worker_core)
+add_test(NAME sim COMMAND test_sim --seed 1 --count 300)

@@ -1,0 +1,22 @@
+// A whole cluster in one thread: the production machines under a seeded clock, network, store and disk.
+//
+// Toy trainers hold a hash per tensor in place of weights, so the oracle can say after every apply whether
+// these are the bits of an undisturbed run. Its truth is its own; it never asks a machine (STYLE 2).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace stagecoach::sim {
+
+struct outcome {
+  std::string safety;      // what was violated first; empty: nothing
+  std::string liveness;    // who did not finish in time, and why; empty: all ended
+  std::uint64_t events = 0, steps = 0, lost_workers = 0, coordinator_crashes = 0, generations = 0,
+                rollbacks = 0, live_recoveries = 0, roll_forwards = 0, saves = 0;
+};
+
+/// Same seed, same history. is_loud prints every event to stdout.
+outcome run_cluster(std::uint64_t seed, bool is_loud);
+
+}  // namespace stagecoach::sim
