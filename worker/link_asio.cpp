@@ -78,14 +78,47 @@ std::string text_of(link_key key) {
 struct raw_bytes {
   std::unique_ptr<std::byte[]> data;
   std::size_t size = 0;
+  std::size_t capacity = 0;
 };
 
-/// data is null when there is no memory for it.
-raw_bytes allocate(std::size_t size) {
-  return {
-      std::unique_ptr<std::byte[]>(new (std::nothrow) std::byte[std::max<std::size_t>(size, 1)]),
-      size};
-}
+/// Buffers of one set, used again: a step's frames have the sizes of the step before, and malloc
+/// returns large ones to the kernel each time, whose page faults then cost as much as the copy. Any
+/// thread.
+class buffer_pool {
+ public:
+  /// data is null when there is no memory for it.
+  raw_bytes take(std::size_t size) {
+    if (size >= pooled_from) {
+      const std::lock_guard lock(mutex_);
+      if (auto at = free_.lower_bound(size); at != free_.end() && at->first / 2 <= size) {
+        raw_bytes bytes{std::move(at->second), size, at->first};
+        kept_ -= at->first;
+        free_.erase(at);
+        return bytes;
+      }
+    }
+    const std::size_t capacity = std::max<std::size_t>(size, 1);
+    return {std::unique_ptr<std::byte[]>(new (std::nothrow) std::byte[capacity]), size, capacity};
+  }
+  void give(raw_bytes bytes) {
+    if (!bytes.data || bytes.capacity < pooled_from || bytes.capacity > kept_max) return;
+    const std::lock_guard lock(mutex_);
+    // The smallest go first: the large ones are the dear ones.
+    while (kept_ + bytes.capacity > kept_max) {
+      kept_ -= free_.begin()->first;
+      free_.erase(free_.begin());
+    }
+    kept_ += bytes.capacity;
+    free_.emplace(bytes.capacity, std::move(bytes.data));
+  }
+
+ private:
+  static constexpr std::size_t pooled_from = 64 << 10;
+  static constexpr std::size_t kept_max = std::size_t{256} << 20;
+  std::mutex mutex_;
+  std::multimap<std::size_t, std::unique_ptr<std::byte[]>> free_;  // by capacity
+  std::size_t kept_ = 0;
+};
 
 std::string reason_of(const error_code& ec) {
   if (ec == asio::error::eof || ec == asio::ssl::error::stream_truncated)
@@ -236,6 +269,7 @@ struct set_state {
   std::size_t queue_bytes_max = 0;
   std::atomic<bool> cancelled{false};
   std::atomic<std::uint64_t> sent{0}, received{0};
+  buffer_pool pool;
 
   // io thread only.
   phase now = phase::opening;
@@ -420,6 +454,7 @@ class core {
     const buffer_range frames{p.gather.data(), p.gather.data() + p.writing.size()};
     p.link->write_all(frames, [this, set, to, total, link = p.link](error_code ec, std::size_t) {
       peer_link& p = set->link(to);
+      for (raw_bytes& frame : p.writing) set->pool.give(std::move(frame));
       p.writing.clear();
       {
         const std::lock_guard lock(p.mutex);
@@ -948,7 +983,7 @@ class core {
           case admission::now:
             break;
         }
-        p.payload = allocate(p.header->length);
+        p.payload = set->pool.take(p.header->length);
         if (!p.payload.data)
           return lose(set, from, errc::too_large,
                       fmt::format("no memory for a frame of {} bytes", p.header->length));
@@ -1069,7 +1104,7 @@ class core {
       paused = p.paused;
       idle = p.outbox.empty() && p.writing.empty();
       if (idle) {
-        raw_bytes beat = allocate(frame_header_bytes);
+        raw_bytes beat = set->pool.take(frame_header_bytes);
         if (beat.data) {
           const auto header = encode(frame_header{frame_kind::beat, set->identity});
           std::memcpy(beat.data.get(), header.data(), header.size());
@@ -1141,7 +1176,7 @@ class asio_links final : public link_set {
       if (p.cancelled) return set_->cancelled_error();
       if (p.failed) return *p.failed;
     }
-    raw_bytes frame = allocate(frame_header_bytes + bytes.size());
+    raw_bytes frame = set_->pool.take(frame_header_bytes + bytes.size());
     if (!frame.data)
       return make_error(errc::too_large, "no memory to send a frame of {} bytes", bytes.size());
     const auto header = encode(
@@ -1176,6 +1211,7 @@ class asio_links final : public link_set {
           "run one plan",
           from, text_of(key), frame->size, into.size());
     if (!into.empty()) std::memcpy(into.data(), frame->data.get(), into.size());
+    set_->pool.give(*std::move(frame));
     return ok();
   }
 
@@ -1188,7 +1224,9 @@ class asio_links final : public link_set {
                         "frame from rank {} with {} has {} bytes; expected at most {}. fix: both "
                         "ranks must run one plan",
                         from, text_of(key), frame->size, bytes_max);
-    return std::vector<std::byte>(frame->data.get(), frame->data.get() + frame->size);
+    std::vector<std::byte> bytes(frame->data.get(), frame->data.get() + frame->size);
+    set_->pool.give(*std::move(frame));
+    return bytes;
   }
 
   void cancel() override {
