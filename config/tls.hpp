@@ -39,8 +39,9 @@ enum class tls_side { server, client };
 /// and key loaded (both may be empty on a client), peer verification on. A server asks for a
 /// certificate and takes a peer without one only if `certificate_required` is false. The caller
 /// owns the context (SSL_CTX_free, or hand it to asio::ssl::context's constructor). Fails:
-/// not_found (a file is missing), bad_input (not PEM, key does not belong to the certificate,
-/// certificate expired or not of this CA); names file, reason and fix.
+/// not_found (a file is missing), io (not readable), bad_input (not PEM, key does not belong to the
+/// certificate), usage (certificate without key); names file, reason and fix. Whether the
+/// certificate has expired is the peer's to judge: a wrong clock here must not stop a restart.
 result<SSL_CTX*> make_tls_context(const tls_files& files, tls_side side,
                                   bool certificate_required = true);
 
@@ -56,10 +57,11 @@ peer_identity peer_of(const SSL* connection);
 /// names.
 bool peer_has_host(const SSL* connection, const std::string& host);
 
-/// Why the last handshake of this connection failed, in plain words: "certificate has expired",
-/// "no certificate shown", "self-signed certificate in certificate chain". Empties this thread's
-/// OpenSSL error queue. `fallback` is used when OpenSSL has nothing to say (a closed socket).
-std::string tls_failure(const SSL* connection, const std::string& fallback);
+/// Why the handshake of this connection failed, in plain words with the peer's CN: "certificate
+/// expired (CN worker-3)", "certificate of another CA", "no certificate shown". `said` is the
+/// library's own message, used where the verification has nothing to say. Empties this thread's
+/// OpenSSL error queue, whose rest would be taken for an error of the next connection.
+std::string tls_failure(const SSL* connection, const std::string& said);
 
 /// True for 127.0.0.0/8, ::1 (with or without brackets) and "localhost".
 bool is_loopback_host(const std::string& host);

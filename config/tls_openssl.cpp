@@ -203,7 +203,7 @@ bool peer_has_host(const SSL* connection, const std::string& host) {
   return found == 1;
 }
 
-std::string tls_failure(const SSL* connection, const std::string& fallback) {
+std::string tls_failure(const SSL* connection, const std::string& said) {
   ERR_clear_error();
   const long verified = connection != nullptr ? SSL_get_verify_result(connection) : X509_V_OK;
   if (verified != X509_V_OK) {
@@ -231,8 +231,8 @@ std::string tls_failure(const SSL* connection, const std::string& fallback) {
       {"End of file", "connection closed during the handshake"},
   };
   for (const word& w : words)
-    if (fallback.find(w.theirs) != std::string::npos) return w.ours;
-  return fallback;
+    if (said.find(w.theirs) != std::string::npos) return w.ours;
+  return said;
 }
 
 bool is_loopback_host(const std::string& host) {

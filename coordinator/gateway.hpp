@@ -36,7 +36,7 @@ struct http_request {
   std::map<std::string, std::string> query;  // percent-decoded; of a repeated key the last one
   std::string content_type;                  // lower case, without parameters
   std::string accept;
-  std::string body;  // at most limits::http_body_bytes_max
+  std::string body{};  // at most limits::http_body_bytes_max
   gateway_peer peer;
   /// The query's value for key, or fallback.
   std::string query_or(const std::string& key, const std::string& fallback = {}) const;
@@ -45,8 +45,8 @@ struct http_request {
 struct http_response {
   int status = 200;
   std::string content_type = "application/json";
-  std::string body;
-  std::vector<std::pair<std::string, std::string>> headers;  // extra ones
+  std::string body{};
+  std::vector<std::pair<std::string, std::string>> headers{};  // extra ones
 };
 
 /// Call once, from any thread, now or later; calling it after the client left is harmless. When it
@@ -74,8 +74,8 @@ class gateway {
   struct options {
     std::string host = "127.0.0.1";
     std::uint16_t port = 0;  // 0: any free one
-    tls_files tls;           // empty: plain, loopback only
-    std::string token;       // read-only bearer token; only over TLS; empty: none
+    tls_files tls{};         // empty: plain, loopback only
+    std::string token{};     // read-only bearer token; only over TLS; empty: none
     bool insecure = false;   // allows a plain port on other than loopback
     // Bounds; the defaults are the house's, tests set smaller ones.
     std::size_t header_bytes_max = limits::http_header_bytes_max;

@@ -6,19 +6,18 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
-#include <boost/asio/ssl/context.hpp>
+#include <boost/asio/ssl/error.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/beast/core.hpp>
 #include <boost/beast/http.hpp>
-#include <boost/beast/ssl.hpp>
 #include <boost/beast/websocket.hpp>
-#include <boost/beast/websocket/ssl.hpp>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <optional>
 #include <thread>
 
+#include "config/byte_stream_beast.hpp"
 #include "config/log.hpp"
 #include "coordinator/gateway.hpp"
 #include "coordinator/gateway_rules.hpp"
@@ -32,12 +31,7 @@ namespace http = beast::http;
 namespace websocket = beast::websocket;
 using boost::system::error_code;
 using tcp = asio::ip::tcp;
-using plain_stream = beast::tcp_stream;
-using secure_stream = beast::ssl_stream<beast::tcp_stream>;
 using std::chrono::milliseconds;
-
-template <class Stream>
-constexpr bool is_secure = std::is_same_v<Stream, secure_stream>;
 
 std::string to_text(const tcp::endpoint& endpoint) {
   const std::string address = endpoint.address().to_string();
@@ -156,10 +150,9 @@ struct gateway_core {
 // ---- control channel
 // ----------------------------------------------------------------------------------
 
-template <class Stream>
 class control_session final : public control_channel {
  public:
-  control_session(gateway_core& core, Stream stream, gateway_peer peer,
+  control_session(gateway_core& core, byte_stream stream, gateway_peer peer,
                   std::shared_ptr<connection_mark> mark)
       : core_(core), ws_(std::move(stream)), peer_(std::move(peer)), mark_(std::move(mark)) {}
 
@@ -262,8 +255,12 @@ class control_session final : public control_channel {
     is_writing_ = false;
     queued_bytes -= queue_.front().size();
     queue_.pop_front();
-    // The reader sees the same end and reports it once.
-    if (ec) return beast::get_lowest_layer(ws_).close();
+    if (ec) {
+      // The reader sees the same end, and may still be reading the close frame that says why:
+      // closing the socket here would take that from it.
+      is_closing_ = true;
+      return;
+    }
     if (!queue_.empty()) return write();
     if (is_closing_) send_close();
   }
@@ -296,7 +293,7 @@ class control_session final : public control_channel {
   }
 
   gateway_core& core_;
-  websocket::stream<Stream> ws_;
+  websocket::stream<byte_stream> ws_;
   gateway_peer peer_;
   std::shared_ptr<connection_mark> mark_;
   http::request<http::string_body> request_;
@@ -343,10 +340,9 @@ struct reply_slot {
   std::atomic<bool> is_given{false};
 };
 
-template <class Stream>
 class http_session final : public http_session_base {
  public:
-  http_session(gateway_core& core, Stream stream, gateway_peer peer,
+  http_session(gateway_core& core, byte_stream stream, gateway_peer peer,
                std::shared_ptr<connection_mark> mark)
       : core_(core),
         stream_(std::move(stream)),
@@ -360,10 +356,9 @@ class http_session final : public http_session_base {
   }
 
   void run() {
-    if constexpr (is_secure<Stream>) {
+    if (stream_.is_secure()) {
       socket().expires_after(core_.options.request_within);
-      stream_.async_handshake(asio::ssl::stream_base::server,
-                              [self = me()](error_code ec) { self->on_handshake(ec); });
+      stream_.handshake(tls_side::server, [self = me()](error_code ec) { self->on_handshake(ec); });
     } else {
       read_head();
     }
@@ -383,21 +378,19 @@ class http_session final : public http_session_base {
   beast::tcp_stream& socket() { return beast::get_lowest_layer(stream_); }
 
   void on_handshake(error_code ec) {
-    if constexpr (is_secure<Stream>) {
-      if (ec) {
-        ++core_.refused;
-        const std::string reason =
-            ec == beast::error::timeout
-                ? fmt::format("no handshake within {} ms", core_.options.request_within.count())
-                : tls_failure(stream_.native_handle(), ec.message());
-        core_.log_refused("tls_refused", peer_, reason);
-        return drain();  // so that the alert arrives: a reset would overtake it
-      }
-      const peer_identity who = peer_of(stream_.native_handle());
-      peer_.name = who.name;
-      peer_.what = who.what;
-      read_head();
+    if (ec) {
+      ++core_.refused;
+      core_.log_refused(
+          "tls_refused", peer_,
+          ec == beast::error::timeout
+              ? fmt::format("no handshake within {} ms", core_.options.request_within.count())
+              : tls_failure(stream_.native_tls(), ec.message()));
+      return drain();  // so that the alert arrives: a reset would overtake it
     }
+    const peer_identity who = peer_of(stream_.native_tls());
+    peer_.name = who.name;
+    peer_.what = who.what;
+    read_head();
   }
 
   // Between requests a client may rest for `keep_alive`; once a byte has come, the deadline is
@@ -414,6 +407,7 @@ class http_session final : public http_session_base {
   }
 
   void read_head() {
+    head_ = {};
     parser_.emplace();
     parser_->header_limit(static_cast<std::uint32_t>(core_.options.header_bytes_max));
     parser_->body_limit(core_.options.body_bytes_max);
@@ -427,29 +421,33 @@ class http_session final : public http_session_base {
   void on_bad_request(error_code ec) {
     if (ec == http::error::end_of_stream) return close_gently();
     if (ec == http::error::header_limit || ec == http::error::buffer_overflow)
-      return refuse_with(error_response(
-          431, "too_large",
-          fmt::format("request header over {} bytes", core_.options.header_bytes_max)));
-    if (ec == http::error::body_limit)
       return refuse_with(
-          error_response(413, "too_large",
-                         fmt::format("request body over {} bytes", core_.options.body_bytes_max)));
+          431, "too_large",
+          fmt::format("request header over {} bytes", core_.options.header_bytes_max));
+    if (ec == http::error::body_limit)
+      return refuse_with(413, "too_large",
+                         fmt::format("request body over {} bytes", core_.options.body_bytes_max));
     if (ec == http::error::partial_message || ec == beast::error::timeout) return drain();
     if (ec.category() == make_error_code(http::error::bad_version).category())
-      return refuse_with(error_response(400, "bad_input", "no HTTP/1.1 request: " + ec.message()));
+      return refuse_with(400, "bad_input", "no HTTP/1.1 request: " + ec.message());
   }
 
-  void refuse_with(http_response response) {
+  void refuse_with(int status, const std::string& code, const std::string& message) {
+    refuse_with(error_response(status, code, message), message);
+  }
+
+  void refuse_with(http_response response, const std::string& why = {}) {
+    const std::string asked =
+        head_.method.empty() ? std::string("?") : head_.method + " " + head_.target.substr(0, 200);
     core_.log_refused(
         "request_refused", peer_,
-        fmt::format("status {} {} {}", response.status, head_.method, head_.target.substr(0, 200)));
+        fmt::format("status {} to {}{}{}", response.status, asked, why.empty() ? "" : ": ", why));
     respond(std::move(response), true);
   }
 
   void on_head() {
     const auto& request = parser_->get();
     const auto text = [&request](http::field name) { return std::string(request[name]); };
-    head_ = {};
     head_.method = std::string(request.method_string());
     head_.target = std::string(request.target());
     head_.host = text(http::field::host);
@@ -465,12 +463,12 @@ class http_session final : public http_session_base {
     peer_.has_token = false;
 
     target_ = parse_target(head_.target);
-    if (!target_) return refuse_with(error_response(400, "bad_input", "malformed request target"));
+    if (!target_) return refuse_with(400, "bad_input", "malformed request target");
     if (auto refusal = refuse(core_.rules, head_, target_->path, peer_))
       return refuse_with(std::move(*refusal));
     if (target_->path == control_path) return on_control();
     if (head_.is_upgrade)
-      return refuse_with(error_response(404, "not_found", "a WebSocket opens on /control only"));
+      return refuse_with(404, "not_found", "a WebSocket opens on /control only");
     if (beast::iequals(request[http::field::expect], "100-continue")) return invite_body();
     read_body();
   }
@@ -482,9 +480,8 @@ class http_session final : public http_session_base {
       return refuse_with(std::move(response));
     }
     // Bytes behind the head would be frames of a client that did not wait for our yes.
-    if (buffer_.size() > 0)
-      return refuse_with(error_response(400, "bad_input", "bytes after the upgrade request"));
-    std::make_shared<control_session<Stream>>(core_, std::move(stream_), peer_, mark_)
+    if (buffer_.size() > 0) return refuse_with(400, "bad_input", "bytes after the upgrade request");
+    std::make_shared<control_session>(core_, std::move(stream_), peer_, mark_)
         ->run(parser_->release());
   }
 
@@ -597,9 +594,9 @@ class http_session final : public http_session_base {
   }
 
   void close_gently() {
-    if constexpr (is_secure<Stream>) {
+    if (stream_.is_secure()) {
       socket().expires_after(milliseconds(1000));
-      stream_.async_shutdown([self = me()](error_code) {});
+      stream_.shutdown([self = me()](error_code) {});
     } else {
       error_code ignored;
       socket().socket().shutdown(tcp::socket::shutdown_both, ignored);
@@ -607,7 +604,7 @@ class http_session final : public http_session_base {
   }
 
   gateway_core& core_;
-  Stream stream_;
+  byte_stream stream_;
   asio::steady_timer timer_;
   gateway_peer peer_;
   std::shared_ptr<connection_mark> mark_;
@@ -808,16 +805,10 @@ class gateway_beast final : public gateway {
     }
     socket.set_option(tcp::no_delay(true), ec);
     auto mark = std::make_shared<connection_mark>(core_.connections);
-    if (core_.tls) {
-      std::make_shared<http_session<secure_stream>>(
-          core_, secure_stream(plain_stream(std::move(socket)), *core_.tls), std::move(peer),
-          std::move(mark))
-          ->run();
-    } else {
-      std::make_shared<http_session<plain_stream>>(core_, plain_stream(std::move(socket)),
-                                                   std::move(peer), std::move(mark))
-          ->run();
-    }
+    std::make_shared<http_session>(
+        core_, byte_stream(std::move(socket), core_.tls ? &*core_.tls : nullptr), std::move(peer),
+        std::move(mark))
+        ->run();
   }
 
   gateway_core core_;

@@ -21,10 +21,10 @@ result<void> make_ca(const std::filesystem::path& dir, int days = 3650, bool ove
 
 struct certificate_request {
   tls_role what = tls_role::worker;
-  std::string name;  // CN and file name: letters, digits, '.', '_', '-'; at most 63 bytes
-  std::vector<std::string> hosts;  // DNS names or IP addresses; coordinator and worker always also
-                                   // get localhost, 127.0.0.1 and ::1
-  int days = 365;                  // may be negative in tests: expired
+  std::string name{};  // CN and file name: letters, digits, '.', '_', '-'; at most 63 bytes
+  std::vector<std::string> hosts{};  // DNS names or IP addresses; coordinator and worker always
+                                     // also get localhost, 127.0.0.1 and ::1
+  int days = 365;  // may be negative in tests: expired
   bool overwrite = false;
 };
 
@@ -35,9 +35,9 @@ result<tls_files> make_certificate(const std::filesystem::path& dir,
 
 struct certificate_facts {
   tls_role what = tls_role::none;
-  std::string name;    // CN
+  std::string name{};  // CN
   std::string issuer;  // CN of the issuer
-  std::vector<std::string> hosts;
+  std::vector<std::string> hosts{};
   std::int64_t not_after = 0;  // seconds since 1970, UTC
   bool is_ca = false;
   bool is_expired = false;

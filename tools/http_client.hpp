@@ -16,8 +16,8 @@ namespace stagecoach {
 struct http_server {
   std::string host = "127.0.0.1";
   std::uint16_t port = 7070;
-  tls_files tls;      // empty: plain; with only `ca`: TLS without a certificate of our own
-  std::string token;  // sent as bearer token; only over TLS
+  tls_files tls{};      // empty: plain; with only `ca`: TLS without a certificate of our own
+  std::string token{};  // sent as bearer token; only over TLS
 };
 
 struct http_reply {

@@ -37,7 +37,7 @@ class control_client {
     std::string host = "127.0.0.1";
     std::uint16_t port = 0;
     std::string path = "/control";
-    tls_files tls;           // empty: plain
+    tls_files tls{};         // empty: plain
     std::uint64_t seed = 0;  // of the back-off's jitter; use the process id's bits
     std::chrono::milliseconds back_off_min{100};
     std::chrono::milliseconds back_off_max{2000};
