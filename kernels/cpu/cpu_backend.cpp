@@ -2,9 +2,10 @@
 // threads.
 //
 // oneDNN is called with one thread on tiles that shape alone fixes; which thread runs a tile
-// changes no bit (DESIGN 4). Its plain sgemm was as fast as its packed matmul primitives at these
-// sizes (within 2 % over GPT-2's shapes at one thread), takes strides, and keeps no state per
-// shape, so nothing needs to know when weights change.
+// changes no bit (DESIGN 4). Its plain sgemm on these tiles was as fast as its matmul primitives
+// with packed weights (0.996 of their time, summed over a GPT-2 step of 6 layers of 384 at one
+// thread, measured interleaved). It takes strides and keeps no state per shape, so nothing needs to
+// know when weights change.
 #include <sys/mman.h>
 
 #include <algorithm>
