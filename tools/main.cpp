@@ -30,12 +30,35 @@ void add_global_flags(CLI::App& app, global_flags& flags) {
   app.add_flag("-y,--yes", flags.yes, "answer questions with yes");
 }
 
+// Usage and examples first: what a person who asked for help looks for.
+class help_text : public CLI::Formatter {
+ public:
+  std::string make_help(const CLI::App* app, std::string name,
+                        CLI::AppFormatMode mode) const override {
+    if (mode == CLI::AppFormatMode::Sub) return make_expanded(app);
+    std::string footer = make_footer(app);
+    while (!footer.empty() && footer.front() == '\n') footer.erase(0, 1);
+    return make_usage(app, std::move(name)) + make_description(app) + "\n" + footer +
+           make_positionals(app) + make_groups(app, mode) + make_subcommands(app, mode);
+  }
+};
+
 }  // namespace
 
 int main(int argc, char** argv) {
   std::signal(SIGPIPE, SIG_IGN);
   CLI::App app{"Stagecoach trains GPT-class transformers on machines that come and go.",
                "stagecoach"};
+  app.formatter(std::make_shared<help_text>());
+  app.failure_message([](const CLI::App* at, const CLI::Error& e) {
+    const CLI::App* chosen = at;
+    std::string path = at->get_name();
+    while (!chosen->get_subcommands().empty()) {
+      chosen = chosen->get_subcommands().front();
+      path += " " + chosen->get_name();
+    }
+    return fmt::format("error: {}\n  see: {} --help\n", e.what(), path);
+  });
   app.fallthrough();  // global flags may follow the command
   app.require_subcommand(0, 1);
   app.footer(
@@ -75,9 +98,19 @@ int main(int argc, char** argv) {
     }
     if (word == "help") {
       const CLI::App* about = &app;
-      if (argc > 2)
-        if (const CLI::App* sub = app.get_subcommand_no_throw(argv[2])) about = sub;
-      std::printf("%s", about->help().c_str());
+      std::string path = app.get_name();
+      for (int i = 2; i < argc; ++i) {
+        const auto subs =
+            about->get_subcommands([&](const CLI::App* s) { return s->check_name(argv[i]); });
+        if (subs.empty()) {
+          std::fprintf(stderr, "error: unknown command \"%s\".\n  see: stagecoach --help\n",
+                       argv[i]);
+          return static_cast<int>(exit_code::usage);
+        }
+        about = subs.front();
+        path += " " + about->get_name();
+      }
+      std::printf("%s", about->help(about == &app ? "" : path.substr(0, path.rfind(' '))).c_str());
       return 0;
     }
   }
