@@ -438,7 +438,7 @@ result<token_layout> parse_token_layout(std::span<const std::uint8_t> head,
                                         std::uint64_t file_bytes, std::string_view format,
                                         std::string_view what) {
   std::int32_t start[3] = {};
-  std::memcpy(start, head.data(), std::min(head.size(), sizeof start));
+  if (!head.empty()) std::memcpy(start, head.data(), std::min(head.size(), sizeof start));
   const bool is_llmc =
       head.size() >= 4 && (start[0] == llmc_magic_u16 || start[0] == llmc_magic_u32);
   token_layout layout;

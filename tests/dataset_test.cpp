@@ -318,9 +318,7 @@ TEST_CASE(
   CHECK(load_sentencepiece("", "empty").err().code == errc::bad_input);
 }
 
-TEST_CASE(
-    "text longer than a block is cut at line ends, and a line without an end is cut at a "
-    "character") {
+TEST_CASE("a line without an end is cut between characters and never inside one") {
   temp_folder folder;
   std::string text;
   while (text.size() < (9u << 20)) text += "한글 마차 stage coach";
