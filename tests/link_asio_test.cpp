@@ -844,6 +844,9 @@ TEST_CASE(
     CHECK(r.err().code == (is_tls ? errc::unauthorised : errc::unreachable));
     w.servers[1]->abandon(job_id{3});
     CHECK_FALSE(good.get());
+    const auto until = steady::now() + soon;  // its io thread may be behind ours
+    while (w.servers[1]->refused_connections() == 0 && steady::now() < until)
+      std::this_thread::sleep_for(5ms);
     CHECK(w.servers[1]->refused_connections() >= 1);
   }
   {  // a good one dials it
