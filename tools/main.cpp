@@ -43,6 +43,14 @@ class help_text : public CLI::Formatter {
   }
 };
 
+// `--set a=b FILE`: an option that may be repeated takes one word each time, not all that follow.
+void take_one_word_each(CLI::App& app) {
+  for (CLI::Option* option : app.get_options())
+    if (option->nonpositional() && option->get_expected_min() <= 1) option->allow_extra_args(false);
+  for (CLI::App* sub : app.get_subcommands([](CLI::App*) { return true; }))
+    take_one_word_each(*sub);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -81,6 +89,7 @@ int main(int argc, char** argv) {
   add_checkpoint_commands(c);
   add_file_commands(c);
   add_bench(c);
+  take_one_word_each(app);
 
   if (argc > 1 && argv[1][0] != '-') {
     std::vector<std::string> names;

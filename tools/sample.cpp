@@ -22,6 +22,7 @@ struct sample_flags {
   std::string target, state, prompt, tokenizer, isa;
   sampling how;
   int threads = 0;
+  bool logits = false;
 };
 
 /// Bytes that the character starting with this byte has, 0 if no character starts so.
@@ -85,6 +86,22 @@ class growing_text {
   int held_ = 0;
 };
 
+/// What another program that opened the export should get: the interchange's proof.
+exit_code print_logits(const global_flags& flags, stage& whole, const model_spec& m,
+                       const weight_source& source, const std::vector<std::int32_t>& prompt) {
+  const auto window = static_cast<std::size_t>(whole.batch().sequence_tokens);
+  const std::size_t seen = std::min(window, prompt.size());
+  std::vector<std::int32_t> rows(window, 0);
+  std::copy(prompt.end() - static_cast<std::ptrdiff_t>(seen), prompt.end(), rows.begin());
+  std::vector<float> logits(static_cast<std::size_t>(m.vocab_size));
+  whole.logits(rows.data(), static_cast<std::int64_t>(seen) - 1, logits.data());
+  global_flags as_json = flags;
+  if (!flags.is_json() && flags.output != "yaml") as_json.output = "jsonl";
+  print_object(as_json,
+               {{"origin", source.origin()}, {"prompt_tokens", prompt}, {"logits", logits}});
+  return exit_code::success;
+}
+
 exit_code run_sample(const global_flags& flags, const sample_flags& own) {
   std::optional<state_api> api;
   auto source = open_weights(flags, own.target, own.state, &api);
@@ -126,6 +143,7 @@ exit_code run_sample(const global_flags& flags, const sample_flags& own) {
     if (auto got = source->read(t, whole.parameter(t.name)); !got)
       return complain(flags, got.err());
 
+  if (own.logits) return print_logits(flags, whole, m, *source, *tokens);
   watch_interrupts();
   const bool streams = !flags.is_json() && flags.output != "yaml";
   std::string text;
@@ -248,6 +266,7 @@ void add_sample(command_line c) {
                   "bytes or sentencepiece:MODEL (default: the job's)");
   app->add_option("--threads", own->threads, "compute threads (default: all cores)")
       ->check(CLI::Range(1, 1024));
+  app->add_flag("--logits", own->logits, "only print the logits after the prompt, as JSON");
   add_state_option(app, own->state);
   app->callback([c, own] { c.run = [c, own] { return run_sample(c.flags, *own); }; });
 }
