@@ -91,7 +91,13 @@ checkpoint_found checkpoint_keeper::find(const job_place& job,
       skip(entry.reason);
       continue;
     }
-    if (entry.content.job_identity != identity) {
+    // A newer program may write the same spec in more words; the moment of the submission tells,
+    // too.
+    const bool is_this_job =
+        entry.content.job_identity == identity ||
+        (job.submitted_unix_ms != 0 &&
+         extra_of(entry.content, "submitted_unix_ms") == std::to_string(job.submitted_unix_ms));
+    if (!is_this_job) {
       skip(fmt::format("it is of another job ({}), or its job file was changed",
                        entry.content.job_name));
       continue;
@@ -150,6 +156,7 @@ manifest_written checkpoint_keeper::write(const job_place& job,
   m.created_unix_ms = job.unix_ms;
   m.extra["chain"] = hex16(wanted.chain);
   m.extra["loss"] = hex16(wanted.loss.bits);
+  m.extra["submitted_unix_ms"] = std::to_string(job.submitted_unix_ms);
   if (wanted.is_final) m.extra["final"] = "true";
   for (const auto& from : wanted.parts) {
     const auto same = std::find_if(m.parts.begin(), m.parts.end(),

@@ -23,6 +23,7 @@ struct job_place {
   std::uint64_t plan_hash = 0;
   std::string layout;  // for people: "stages=2 replicas=1"
   std::int64_t unix_ms = 0;
+  std::int64_t submitted_unix_ms = 0;
 };
 
 class checkpoint_keeper {

@@ -367,6 +367,7 @@ class shell {
     place.unix_ms = unix_ms_now();
     if (const auto job = machine_.jobs().find(id); job != machine_.jobs().end()) {
       place.spec = job->second.record().spec;
+      place.submitted_unix_ms = job->second.record().submitted_unix_ms;
       const auto view = job->second.view();
       place.plan_hash = view.plan_hash;
       if (view.stages > 0)
@@ -589,7 +590,9 @@ class whole_coordinator final : public coordinator {
     p.token = o.token;
     p.insecure = o.insecure;
     gateway::callbacks on;
-    on.on_request = [to = actor_](http_request r, http_reply_function reply) {
+    // Until start() of the gateway has returned, the actor has no port to answer through.
+    on.on_request = [this, to = actor_](http_request r, http_reply_function reply) {
+      world_.port_is_open.wait();
       caf::anon_send(
           to,
           mail::asked{std::make_shared<const question>(question{std::move(r), std::move(reply)})});
@@ -610,7 +613,8 @@ class whole_coordinator final : public coordinator {
                    ? event(events::worker_attached{id, std::get<hello>(*message)})
                    : event(events::worker_said{id, std::move(*message)}));
     };
-    on.on_close = [to = actor_](connection_id id, const std::string& why) {
+    on.on_close = [this, to = actor_](connection_id id, const std::string& why) {
+      world_.port_is_open.wait();
       tell(to, events::worker_detached{id, why});
     };
     auto opened = gateway::start(p, std::move(on));

@@ -287,6 +287,16 @@ TEST_CASE("the newest checkpoint is found with all that loading it needs") {
   CHECK(s.find(4).newest->step == 0);
 }
 
+TEST_CASE("a checkpoint of another job that had the same id and name is not taken") {
+  saved_steps s;
+  s.job.submitted_unix_ms = 1'000;
+  REQUIRE(s.save(5, 2).is_ok);
+  s.job.spec.optimizer.lr = 0.5;  // as a newer program might write it: the same job all the same
+  CHECK(s.find().newest);
+  s.job.submitted_unix_ms = 2'000;
+  CHECK_FALSE(s.find().newest);
+}
+
 TEST_CASE("a flipped byte in a part is found before anyone loads it, and the search walks back") {
   saved_steps s;
   REQUIRE(s.save(0, 1).is_ok);
