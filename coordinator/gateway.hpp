@@ -91,7 +91,7 @@ class gateway {
     std::chrono::milliseconds control_idle{10'000};   // no frame and no pong: closed; pings at half
   };
 
-  /// Binds, listens and starts the io thread.
+  /// Binds, listens and starts the io thread; callbacks may come before this has returned.
   /// Fails: usage (a host wider than loopback without TLS and without insecure; a token without
   /// TLS), bad_input and not_found (TLS files), conflict (port in use), io (host can't be bound).
   static result<std::unique_ptr<gateway>> start(const options& o, callbacks c);

@@ -87,6 +87,14 @@ struct echo_port {
     const std::lock_guard lock(mutex);
     return closed.size();
   }
+  connection_id opened_id(std::size_t index) {
+    const std::lock_guard lock(mutex);
+    return opened.at(index);
+  }
+  std::string closed_why(std::size_t index) {
+    const std::lock_guard lock(mutex);
+    return closed.at(index).second;
+  }
   http_server server() const { return {.host = "127.0.0.1", .port = port->port()}; }
 
   std::mutex mutex;
@@ -469,16 +477,16 @@ TEST_CASE("messages of 200 KB go both ways, in order") {
           "echo " + std::to_string(i) + std::string(200'000, 'x'));
   worker.client->stop();
   REQUIRE(wait_until([&echo] { return echo.closed_count() == 1; }));
-  CHECK(echo.closed[0].second.find("closed by the peer") != std::string::npos);
-  CHECK_FALSE(echo.port->send(echo.opened[0], "into the void"));
+  CHECK(echo.closed_why(0).find("closed by the peer") != std::string::npos);
+  CHECK_FALSE(echo.port->send(echo.opened_id(0), "into the void"));
 }
 
 TEST_CASE("what was queued before a close arrives before it, and the code with it") {
   echo_port echo;
   listener worker({.port = echo.port->port()});
   REQUIRE(wait_until([&echo] { return echo.open_count() == 1; }));
-  for (int i = 0; i < 50; ++i) echo.port->send(echo.opened[0], std::string(10'000, 'y'));
-  echo.port->close(echo.opened[0], 1008, "enough");
+  for (int i = 0; i < 50; ++i) echo.port->send(echo.opened_id(0), std::string(10'000, 'y'));
+  echo.port->close(echo.opened_id(0), 1008, "enough");
   REQUIRE(wait_until([&worker] { return worker.closed().size() == 1; }));
   CHECK(worker.heard().size() == 50);
   CHECK(worker.closed()[0] == "closed by the coordinator: 1008 enough");
@@ -503,7 +511,7 @@ TEST_CASE("a client connects again after the coordinator was away, under a new c
   CHECK(worker.opens == 2);
   worker.client->reconnect("for the test");
   REQUIRE(wait_until([&again] { return again.open_count() == 2; }));
-  CHECK(again.opened[0] != again.opened[1]);
+  CHECK(again.opened_id(0) != again.opened_id(1));
 }
 
 TEST_CASE("beats tick on, connected or not") {
@@ -568,10 +576,10 @@ TEST_CASE("a consumer too far behind is closed, the others are not") {
   REQUIRE(wait_until([&healthy] { return healthy.client->is_open(); }));
   bool took = true;
   for (int i = 0; i < 2000 && took; ++i)
-    took = echo.port->send(echo.opened[0], std::string(100'000, 'z'));
+    took = echo.port->send(echo.opened_id(0), std::string(100'000, 'z'));
   CHECK_FALSE(took);
   REQUIRE(wait_until([&echo] { return echo.closed_count() == 1; }));
-  CHECK(echo.closed[0].second.find("too far behind") != std::string::npos);
+  CHECK(echo.closed_why(0).find("too far behind") != std::string::npos);
   CHECK(healthy.client->is_open());
 }
 
@@ -585,7 +593,7 @@ TEST_CASE("a silent peer is noticed, a quiet one that answers pings is kept") {
   silent.send(upgrade_request());
   REQUIRE(silent.read("\r\n\r\n").find("101") != std::string::npos);
   REQUIRE(wait_until([&echo] { return echo.closed_count() == 1; }));
-  CHECK(echo.closed[0].second == "no sign of life for 300 ms");
+  CHECK(echo.closed_why(0) == "no sign of life for 300 ms");
   std::this_thread::sleep_for(700ms);
   CHECK(quiet.client->is_open());
   CHECK(quiet.opens == 1);
