@@ -648,11 +648,12 @@ void spec_reader::check_layout() {
            fmt::format("at most {} workers", limits::worker_count_max));
   } else if (!is_given) {
     e.workers_min = e.workers_max = workers;
-  } else if (workers > e.workers_min) {
+  } else if (workers > e.workers_max) {
+    // A smaller minimum is fine: with fewer workers than the layout wants the planner lays it out anew.
     report(place_of({"elasticity.workers"}), "E205", "elasticity.workers",
            fmt::format("the explicit layout of {} stages x {} replicas needs {} workers, "
-                       "elasticity.workers allows {}",
-                       p.stages, p.replicas, workers, e.workers_min),
+                       "elasticity.workers allows at most {}",
+                       p.stages, p.replicas, workers, e.workers_max),
            fmt::format("workers: {}, or parallelism: {{mode: auto}}", workers));
   }
 }
