@@ -65,8 +65,7 @@ std::vector<action> cluster_machine::step(const event& e) {
   return std::exchange(out_, {});
 }
 
-// ---- workers come and go
-// ----------------------------------------------------------------------------
+// ---- workers come and go ----
 void cluster_machine::on(const events::worker_attached& e) { attach(e.connection, e.greeting); }
 
 void cluster_machine::refuse(connection_id connection, const std::string& why, bool is_final) {
@@ -229,8 +228,7 @@ void cluster_machine::forget(worker_id id, const std::string& why) {
   is_place_due_ = true;
 }
 
-// ---- time
-// -------------------------------------------------------------------------------------------
+// ---- time ----
 void cluster_machine::on(const events::tick& e) {
   // Own time: what this process slept through is not counted as others' silence.
   if (has_ticked_) now_ms_ += std::clamp<std::int64_t>(e.now_ms - clock_ms_, 0, tick_gap_ms_max);
@@ -251,8 +249,7 @@ void cluster_machine::on(const events::tick& e) {
   for (const worker_id id : old) forget(id, "away for an hour");
 }
 
-// ---- requests
-// ---------------------------------------------------------------------------------------
+// ---- requests ----
 void cluster_machine::on(const events::submit_job& e) {
   for (const auto& [id, job] : jobs_) {
     if (!is_end(job.record().state) && job.record().spec.name == e.spec.name) {
@@ -351,8 +348,7 @@ void cluster_machine::on(const checkpoints_retired& e) {
   if (jobs_.count(e.job) != 0) tell(e.job, e);
 }
 
-// ---- placement
-// --------------------------------------------------------------------------------------
+// ---- placement ----
 bool cluster_machine::is_free(const worker& w) const {
   return w.connection != connection_id{} && w.job == job_id{} && !w.is_lost &&
          !w.record.is_drained && now_ms_ >= w.avoid_until_ms &&
@@ -434,8 +430,7 @@ void cluster_machine::place() {
   }
 }
 
-// ---- between jobs and the shell
-// ---------------------------------------------------------------------
+// ---- between jobs and the shell ----
 void cluster_machine::tell(job_id job, const job_event& e) { take(jobs_.at(job).step(e)); }
 
 void cluster_machine::take(std::vector<action> from) {
@@ -496,8 +491,7 @@ void cluster_machine::reply(reply_id to, result<actions::reply_value> outcome) {
   if (to != reply_id{}) out_.push_back(actions::reply{to, std::move(outcome)});
 }
 
-// ---- views
-// ------------------------------------------------------------------------------------------
+// ---- views ----
 std::vector<job_view> cluster_machine::job_views() const {
   std::vector<job_view> views;
   for (const auto& [id, job] : jobs_) views.push_back(job.view());

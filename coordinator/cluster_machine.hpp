@@ -24,8 +24,7 @@
 
 namespace stagecoach {
 
-// ---- events
-// -----------------------------------------------------------------------------------------
+// ---- events ----
 namespace events {
 struct worker_attached {
   connection_id connection{};
@@ -82,8 +81,7 @@ using event =
                  events::resume_job, events::save_now, events::drain_worker, events::undrain_worker,
                  checkpoint_found, manifest_written, checkpoints_retired>;
 
-// ---- views
-// ------------------------------------------------------------------------------------------
+// ---- views ----
 struct worker_view {
   worker_id id{};
   std::string name, host, state;  // JOINING IDLE BUSY DRAINING DRAINED LOST
@@ -194,8 +192,7 @@ std::string to_string(job_id id);
 /// "w-000003"; for workers that gave no name.
 std::string to_string(worker_id id);
 
-// ---- field lists
-// ------------------------------------------------------------------------------------
+// ---- field lists ----
 #define STAGECOACH_FIELDS(type, ...)                  \
   template <class V, class M>                         \
   requires std::same_as<std::remove_const_t<M>, type> \

@@ -11,6 +11,21 @@ add_library(sc_coordinator_core STATIC
 target_link_libraries(sc_coordinator_core PUBLIC sc_wire sc_planning sc_tensor_names)
 add_library(sc_machines ALIAS sc_coordinator_core)
 
+add_executable(test_coordinator
+  ${CMAKE_SOURCE_DIR}/tests/doctest_main.cpp
+  ${CMAKE_SOURCE_DIR}/tests/wire_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/job_machine_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/cluster_machine_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/worker_machine_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/tensor_names_test.cpp)
+target_link_libraries(test_coordinator PRIVATE sc_coordinator_core sc_worker_core sc_model
+  doctest::doctest)
+add_test(NAME coordinator COMMAND test_coordinator)
+
+add_executable(fuzz_wire ${CMAKE_SOURCE_DIR}/tests/fuzz/wire_fuzz.cpp)
+target_link_libraries(fuzz_wire PRIVATE sc_wire)
+add_test(NAME fuzz_wire COMMAND fuzz_wire)
+
 # The machines together under a seeded clock, network, store and disk.
 add_executable(test_sim ${CMAKE_SOURCE_DIR}/tests/sim/main.cpp ${CMAKE_SOURCE_DIR}/tests/sim/cluster_sim.cpp)
 target_link_libraries(test_sim PRIVATE sc_coordinator_core sc_worker_core)

@@ -9,8 +9,7 @@
 
 namespace stagecoach {
 
-// ---- losses
-// -----------------------------------------------------------------------------------------
+// ---- losses ----
 void job_machine::watch_members() {
   if (phase_ == phase::none || !has_ticked_) return;
   std::map<worker_id, std::string> lost;
@@ -135,8 +134,7 @@ void job_machine::fail_generation(const std::string& why) {
   enter(phase::backing_off);
 }
 
-// ---- prepare
-// ----------------------------------------------------------------------------------------
+// ---- prepare ----
 void job_machine::start_preparing(const std::string& reason) {
   number_ = std::max(number_, record_.number) + 1;
   record_.number = number_;
@@ -235,8 +233,16 @@ void job_machine::decide(const std::vector<member*>& answered) {
   }
   c.by_rank = seat(choose_fresh(*shape, candidates));
   const bool is_first = record_.generation == 0 && checkpoints_.empty();
+  // Parts are written and only the manifest is on its way: worth the moment that it takes.
+  const bool is_save_near = std::any_of(saves_.begin(), saves_.end(), [](const auto& s) {
+    return !s.second.whole.empty() && s.second.retry_ms < 0;
+  });
+  if (is_save_near && now_ms_ - prepare_began_ms_ < rules_.prepare_wait) return;
+  // One that became durable while an older one was being verified.
+  if (has_looked_ && newest_saved() != saved_when_asked_) has_looked_ = false;
   if (!is_first && !has_looked_) {
     request_ = next_request_++;
+    saved_when_asked_ = newest_saved();
     out_.push_back(
         actions::find_checkpoint{id(), record_.spec.checkpoint.store, request_, step_max_});
     return enter(phase::finding);
@@ -283,8 +289,7 @@ void job_machine::on(const checkpoint_found& e) {
   advance();
 }
 
-// ---- commit
-// -----------------------------------------------------------------------------------------
+// ---- commit ----
 void job_machine::commit_generation(const choice& c) {
   plan p;
   p.job = id();
@@ -366,6 +371,7 @@ void job_machine::commit_generation(const choice& c) {
     release(worker, why, !m.answer);
   }
   sought_.clear();
+  resumed_step_.reset();
   reported_step_ = c.step;
   waits_for_.clear();
   enter(phase::loading);
@@ -392,8 +398,7 @@ void job_machine::send_commit(const member& m) {
   send(m.facts.id, std::move(own));
 }
 
-// ---- load and run
-// -----------------------------------------------------------------------------------
+// ---- load and run ----
 void job_machine::consider_running() {
   const std::vector<member*> ranks = planned();
   std::string missing;
@@ -443,8 +448,7 @@ void job_machine::consider_running() {
        {{"generation", std::to_string(number_)}, {"from_step", std::to_string(generation_->step)}});
 }
 
-// ---- after a restart of the coordinator
-// -------------------------------------------------------------
+// ---- after a restart of the coordinator ----
 void job_machine::consider_adoption() {
   if (!has_ticked_) return;
   const std::int64_t waited = now_ms_ - phase_since_ms_;
@@ -488,15 +492,13 @@ void job_machine::consider_adoption() {
        {{"generation", std::to_string(number_of_plan())}});
   number_ = number_of_plan();
   if (up_count == 0) return enter(phase::loading);
-  bool is_held = false;
+  enter(phase::running);
   for (member* m : ranks) {
-    m->is_held = m->phase == worker_phase::held;
     m->is_finished = m->phase == worker_phase::finished;
-    is_held = is_held || m->is_held;
     if (m->phase == worker_phase::ready) send(m->facts.id, run_stage{value(id()), number_});
+    // Nobody remembers why it was to hold: it is let go, and what is wanted is ordered again.
+    if (m->phase == worker_phase::held && m->step < stop_step()) let_go(*m);
   }
-  // Nobody remembers why they were to hold: they are let go, and what is wanted is ordered again.
-  enter(is_held ? phase::holding : phase::running);
 }
 
 }  // namespace stagecoach

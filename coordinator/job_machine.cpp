@@ -48,8 +48,7 @@ std::vector<action> job_machine::step(const job_event& e) {
   return std::exchange(out_, {});
 }
 
-// ---- events
-// -----------------------------------------------------------------------------------------
+// ---- events ----
 void job_machine::on(const job_events::submitted& e) {
   record_.submitted_unix_ms = e.unix_ms;
   unix_ms_ = e.unix_ms;
@@ -138,10 +137,10 @@ void job_machine::on(const job_events::worker_connected& e) {
         fail_generation(fmt::format("{} came back without the generation", m.facts.name));
       } else if (m.phase == worker_phase::ready) {
         send(e.worker, run_stage{value(id()), number_});
-      } else if (phase_ == phase::holding && m.rank == 0 && !m.is_held) {
+      } else if (m.phase == worker_phase::held && is_of_ended_hold(h.step)) {
+        let_go(m);  // the order to go on was lost with the connection
+      } else if (phase_ == phase::holding && m.rank == 0 && m.phase == worker_phase::running) {
         give_orders();
-      } else if (phase_ == phase::running && m.phase == worker_phase::held) {
-        send(e.worker, resume_stage{value(id()), number_});
       }
       break;
   }
@@ -280,8 +279,7 @@ void job_machine::on(const job_events::save_now& e) {
   agree(e.reply, "saves after the step that runs");
 }
 
-// ---- what members say
-// -------------------------------------------------------------------------------
+// ---- what members say ----
 void job_machine::said(member&, const hello&) {}
 
 void job_machine::said(member& m, const beat& x) {
@@ -381,10 +379,12 @@ void job_machine::said(member& m, const part_saved& x) { saved(x, m.facts.id); }
 
 void job_machine::said(member& m, const held& x) {
   if (!is_committed_or_adopting() || m.rank < 0 || !is_current(x.generation, plan_hash_)) return;
-  m.is_held = true;
   m.phase = worker_phase::held;
   m.step = x.step;
   reported_step_ = std::max(reported_step_, x.step);
+  if (phase_ == phase::adopting) return;
+  if (x.step < stop_step() && is_of_ended_hold(x.step)) return let_go(m);
+  m.is_held = true;
 }
 
 void job_machine::said(member& m, const finished& x) {
@@ -439,8 +439,7 @@ void job_machine::check_chain(std::uint64_t step, std::uint64_t chain, const std
        {{"step", std::to_string(step)}}, "error");
 }
 
-// ---- every event ends here
-// --------------------------------------------------------------------------
+// ---- every event ends here ----
 void job_machine::advance() {
   if (phase_ == phase::none) return;
   watch_members();
@@ -453,8 +452,7 @@ void job_machine::advance() {
   if (phase_ == phase::holding) consider_hold();
 }
 
-// ---- small ones
-// -------------------------------------------------------------------------------------
+// ---- small ones ----
 void job_machine::enter(phase p) {
   phase_ = p;
   phase_since_ms_ = now_ms_;
@@ -542,11 +540,15 @@ bool job_machine::is_committed() const {
 
 int job_machine::workers_least() const {
   const job_spec& s = record_.spec;
-  if (s.parallelism.is_explicit) return std::max(1, s.parallelism.stages * s.parallelism.replicas);
-  return std::max(1, s.elasticity.workers_min);
+  const int least = std::max(1, s.elasticity.workers_min);
+  if (!s.parallelism.is_explicit) return least;
+  // A fixed layout starts whole; after a loss choose_layout may shrink it, unless it is to wait.
+  const int fixed = std::max(1, s.parallelism.stages * s.parallelism.replicas);
+  return record_.generation > 0 && s.elasticity.on_loss != "wait" ? std::min(least, fixed) : fixed;
 }
 int job_machine::workers_most() const {
-  if (record_.spec.parallelism.is_explicit) return workers_least();
+  const parallelism_spec& p = record_.spec.parallelism;
+  if (p.is_explicit) return std::max(1, p.stages * p.replicas);
   return std::max(workers_least(), record_.spec.elasticity.workers_max);
 }
 
@@ -576,8 +578,7 @@ bool job_machine::is_whole() const {
   return count == planned_count();
 }
 
-// ---- views
-// ------------------------------------------------------------------------------------------
+// ---- views ----
 job_state job_machine::state() const {
   if (is_end(record_.state) || record_.state == job_state::paused) return record_.state;
   switch (phase_) {

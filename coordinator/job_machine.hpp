@@ -71,8 +71,7 @@ struct worker_facts {
   std::string device_class;
 };
 
-// ---- events of a job
-// --------------------------------------------------------------------------------
+// ---- events of a job ----
 namespace job_events {
 struct workers_given {
   std::vector<worker_facts> workers;
@@ -152,8 +151,7 @@ using job_event =
                  job_events::resume, job_events::cancel, job_events::save_now, checkpoint_found,
                  manifest_written, checkpoints_retired>;
 
-// ---- actions
-// ----------------------------------------------------------------------------------------
+// ---- actions ----
 namespace actions {
 struct row {
   std::string key;
@@ -236,8 +234,7 @@ using action = std::variant<actions::save, actions::send, actions::close, action
                             actions::series, actions::evaluation, actions::log, actions::reply,
                             actions::release>;
 
-// ---- views
-// ------------------------------------------------------------------------------------------
+// ---- views ----
 /// What a job would take from the free workers.
 struct worker_wish {
   int least = 0;  // below it, giving any is of no use (a pending job's gang); else 0 or 1
@@ -400,6 +397,8 @@ class job_machine {
   void give_orders();
   void consider_hold();
   void resume_after_hold(const std::string& why);
+  void let_go(member& m);
+  bool is_of_ended_hold(std::uint64_t step) const;
   int grown_count(int more) const;
 
   // Saves and the end.
@@ -464,8 +463,9 @@ class job_machine {
   std::set<worker_id> sought_lost_;   // of these: a peer says that its link to it closed
   std::int64_t short_since_ms_ = -1;  // too few workers since; -1: enough
   std::string waits_for_;
-  std::uint64_t request_ = 0;  // find_checkpoint under way
-  bool has_looked_ = false;    // and answered, for this number
+  std::uint64_t request_ = 0;                      // find_checkpoint under way
+  bool has_looked_ = false;                        // and answered, for this number
+  std::optional<std::uint64_t> saved_when_asked_;  // newest durable step then
   std::optional<checkpoint_facts> found_;
   std::uint64_t step_max_ = ~0ull;  // newer checkpoints did not load as their manifests say
   int fruitless_count_ = 0;         // generations in a row that made no step
@@ -487,6 +487,7 @@ class job_machine {
   std::map<order_kind, std::uint64_t> orders_;  // given in this hold, with their ids
   std::uint64_t order_base_step_ = 0;           // newest reported when they were given
   std::int64_t held_ms_ = -1;                   // all stand since
+  std::optional<std::uint64_t> resumed_step_;   // newest step at which a hold of this plan ended
   bool has_save_failed_ = false;                // since they were given
   std::string last_save_problem_;
 

@@ -15,8 +15,7 @@ constexpr std::size_t open_saves_max = 8;  // newer ones make older ones worthle
 constexpr std::size_t parts_of_a_save_max = 4 * limits::worker_count_max;
 }  // namespace
 
-// ---- voluntary changes
-// ------------------------------------------------------------------------------
+// ---- voluntary changes ----
 void job_machine::consider_change() {
   const std::vector<member*> ranks = planned();
   const auto finished_count =
@@ -149,20 +148,28 @@ void job_machine::consider_hold() {
 }
 
 void job_machine::resume_after_hold(const std::string& why) {
-  for (member* m : planned()) {
-    m->is_held = false;
-    m->phase = worker_phase::running;
-    send(m->facts.id, resume_stage{value(id()), number_});
-  }
+  enter(phase::running);
+  for (member* m : planned()) let_go(*m);
   orders_.clear();
   hold_reason_.clear();
   change_since_ms_ = held_ms_ = -1;
   note("hold_ended", why);
-  enter(phase::running);
 }
 
-// ---- saves
-// ------------------------------------------------------------------------------------------
+void job_machine::let_go(member& m) {
+  m.is_held = false;
+  m.phase = worker_phase::running;
+  resumed_step_ = std::max(resumed_step_.value_or(0), m.step);
+  send(m.facts.id, resume_stage{value(id()), number_});
+}
+
+/// A hold acts after a step that is voted after the order was given, so a member that stands at a
+/// step of an ended hold has missed that it ended. While none is ordered, nobody wants any hold.
+bool job_machine::is_of_ended_hold(std::uint64_t step) const {
+  return phase_ == phase::running || (resumed_step_ && step <= *resumed_step_);
+}
+
+// ---- saves ----
 void job_machine::saved(const part_saved& x, worker_id from) {
   if (x.job != value(id()) || x.generation > number_) {
     ++stale_messages_;
@@ -320,8 +327,7 @@ void job_machine::on(const checkpoints_retired& e) {
   if (!batch.rows.empty()) out_.push_back(std::move(batch));
 }
 
-// ---- the end
-// ----------------------------------------------------------------------------------------
+// ---- the end ----
 void job_machine::consider_end() {
   for (auto& [step, save] : saves_) {
     if (save.retry_ms >= 0 && now_ms_ >= save.retry_ms) write_manifest(step);

@@ -106,8 +106,7 @@ struct event_record {
   std::map<std::string, std::string> fields;
 };
 
-// ---- keys
-// -------------------------------------------------------------------------------------------
+// ---- keys ----
 namespace keys {
 std::string meta();                                       // "meta/coordinator"
 std::string worker(worker_id id);                         // "worker/<16 hex>"
@@ -118,8 +117,7 @@ std::string event(job_id id, std::uint64_t number);       // "event/<16 hex>/<16
 std::string events_prefix(job_id id);                     // "event/<16 hex>/"
 }  // namespace keys
 
-// ---- restoring
-// --------------------------------------------------------------------------------------
+// ---- restoring ----
 struct restored_job {
   job_record record;
   std::optional<generation_record> generation;             // the newest
@@ -141,8 +139,7 @@ using store_row = std::pair<std::string, std::string>;
 /// skipped.
 restored_records restore_records(const std::vector<store_row>& rows);
 
-// ---- field lists
-// ------------------------------------------------------------------------------------
+// ---- field lists ----
 #define STAGECOACH_FIELDS(type, ...)                  \
   template <class V, class M>                         \
   requires std::same_as<std::remove_const_t<M>, type> \

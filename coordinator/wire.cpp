@@ -38,8 +38,7 @@ constexpr const char* name_of(tag<stop_stage>) { return "stop_stage"; }
 constexpr int worker_phase_count = static_cast<int>(worker_phase::finished) + 1;
 constexpr int order_kind_count = static_cast<int>(order_kind::stop) + 1;
 
-// ---- what a field list can't say: numbers that must fit each other
-// -----------------------------------
+// ---- what a field list can't say: numbers that must fit each other ----
 std::string check_phase(int phase) {
   if (phase >= 0 && phase < worker_phase_count) return {};
   return fmt::format("phase: {} is not one of the {} known values", phase, worker_phase_count);

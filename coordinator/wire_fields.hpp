@@ -37,7 +37,7 @@ inline constexpr std::uint64_t enum_count<source_kind> = 3;
 template <>
 inline constexpr std::uint64_t enum_count<job_state> = job_state_count;
 
-// ---- writing
+// ---- writing ----
 // ---------------------------------------------------------------------------------------- All
 // declared first: the writer below must see every one, whatever namespace a field's type is from.
 template <class T>
@@ -91,8 +91,7 @@ nlohmann::json to_json_value(const T& x) {
   }
 }
 
-// ---- reading
-// ----------------------------------------------------------------------------------------
+// ---- reading ----
 /// Reads fields; keeps the first problem and where it was.
 struct object_reader {
   const nlohmann::json& from;

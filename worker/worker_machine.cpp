@@ -16,8 +16,7 @@ std::vector<worker_action> worker_machine::step(const worker_event& e) {
   return std::exchange(out_, {});
 }
 
-// ---- the control channel
-// ----------------------------------------------------------------------------
+// ---- the control channel ----
 void worker_machine::on(const worker_events::connected& e) {
   is_connected_ = true;
   is_welcome_ = false;
@@ -47,8 +46,7 @@ void worker_machine::on(const worker_events::stopping& e) {
   if (is_connected_) out_.push_back(worker_actions::send{goodbye{e.reason}});
 }
 
-// ---- what the coordinator says
-// ----------------------------------------------------------------------
+// ---- what the coordinator says ----
 void worker_machine::told(const welcome& x) {
   if (x.incarnation < incarnation_) {
     // A coordinator that was thought dead: it must not decide beside its successor.
@@ -164,8 +162,7 @@ void worker_machine::forget_job() {
   parts_.clear();
 }
 
-// ---- what the trainer says
-// --------------------------------------------------------------------------
+// ---- what the trainer says ----
 void worker_machine::said(const prepared& x) {
   if (x.job != job_ || x.number != promised_ || !is_dropping_)
     return;  // a newer prepare came since
@@ -252,8 +249,7 @@ void worker_machine::said(const peer_report& x) {
   if (is_welcome_) send(x);
 }
 
-// ---- small ones
-// -------------------------------------------------------------------------------------
+// ---- small ones ----
 void worker_machine::send(to_coordinator message) {
   if (is_connected_) out_.push_back(worker_actions::send{std::move(message)});
 }

@@ -52,12 +52,13 @@ std::string hash_of(const values& some) {
 
 /// What an undisturbed run gives; nobody but the oracle looks here.
 struct truth {
-  std::vector<values> at;              // by step
+  std::vector<values> at;  // by step
   std::vector<std::uint64_t> chain;
 };
 
-struct rates {                         // events per second of the whole cluster
-  double kill = 0, freeze = 0, cut_control = 0, cut_link = 0, coordinator_crash = 0, action_crash = 0;
+struct rates {  // events per second of the whole cluster
+  double kill = 0, freeze = 0, cut_control = 0, cut_link = 0, coordinator_crash = 0,
+         action_crash = 0;
   double disk_full = 0, corrupt = 0, drain = 0, pause = 0, lost_store_write = 0;
 };
 
@@ -93,7 +94,7 @@ struct toy_trainer {
   bool are_links_open = false;
   std::set<int> lost_peers;
   enum class doing { nothing, loading, ready, running, held, finished } now = doing::nothing;
-  std::uint64_t epoch = 0;             // events of an older one are void
+  std::uint64_t epoch = 0;  // events of an older one are void
   commit order;
   bool save_first = false;
   std::map<std::uint64_t, std::map<int, std::uint64_t>> ballots;  // rank 0: step, rank, chain
@@ -120,7 +121,7 @@ class cluster {
   outcome run();
 
  private:
-  // ---- clock ----------------------------------------------------------------------------------------
+  // ---- clock ----
   struct entry {
     us time;
     std::uint64_t order;
@@ -155,7 +156,8 @@ class cluster {
   template <class... A>
   void say(fmt::format_string<A...> format, A&&... args) {
     if (is_loud_) {
-      fmt::print("{:9.3f} {}\n", static_cast<double>(now_) / second, fmt::format(format, std::forward<A>(args)...));
+      fmt::print("{:9.3f} {}\n", static_cast<double>(now_) / second,
+                 fmt::format(format, std::forward<A>(args)...));
     }
   }
   template <class... A>
@@ -167,12 +169,12 @@ class cluster {
     }
   }
 
-  // ---- set-up ---------------------------------------------------------------------------------------
+  // ---- set-up ----
   void set_up(std::uint64_t seed);
   job_spec make_spec(int index);
   void start_process(const std::string& name);
 
-  // ---- coordinator ----------------------------------------------------------------------------------
+  // ---- coordinator ----
   void start_coordinator();
   void crash_coordinator(const char* why);
   void tell(const event& e);
@@ -181,13 +183,13 @@ class cluster {
   void do_save(const actions::save& s);
   void check_commit(const commit& c);
 
-  // ---- network --------------------------------------------------------------------------------------
+  // ---- network ----
   void dial(const process_ptr& p);
   void cut(const std::shared_ptr<connection>& c, us to_worker, us to_coordinator);
   void up(const process_ptr& p, const to_coordinator& message);
   void down(connection_id id, const to_worker& message);
 
-  // ---- workers --------------------------------------------------------------------------------------
+  // ---- workers ----
   void step_worker(const process_ptr& p, const worker_event& e);
   void emit(const process_ptr& p, to_coordinator message);
   void to_trainer(const process_ptr& p, const to_worker& message);
@@ -206,6 +208,12 @@ class cluster {
   bool share_links(const process_ptr& a, const process_ptr& b);
   void kill(const process_ptr& p);
   void faults();
+  bool is_good(std::uint64_t job, const disk_manifest& m) {
+    return std::all_of(m.facts.parts.begin(), m.facts.parts.end(), [&](const part_record& p) {
+      const auto part = parts_[job].find(p.file);
+      return part != parts_[job].end() && !part->second.is_corrupt;
+    });
+  }
   const truth& truth_of(std::uint64_t job);
   std::vector<std::string> needed(const toy_trainer& t, const commit& c, int rank) {
     (void)t;
@@ -230,19 +238,20 @@ class cluster {
 
   // The world that survives crashes of the coordinator.
   std::map<std::string, std::string> rows_;
-  std::map<std::uint64_t, std::map<std::string, disk_part>> parts_;               // by job, file
-  std::map<std::uint64_t, std::map<std::uint64_t, disk_manifest>> manifests_;     // by job, step
-  std::map<std::uint64_t, job_spec> specs_;                                       // by job
+  std::map<std::uint64_t, std::map<std::string, disk_part>> parts_;            // by job, file
+  std::map<std::uint64_t, std::map<std::uint64_t, disk_manifest>> manifests_;  // by job, step
+  std::map<std::uint64_t, job_spec> specs_;                                    // by job
   std::map<std::uint64_t, truth> truths_;
-  std::map<std::string, process_ptr> processes_;                                  // by name
+  std::map<std::string, process_ptr> processes_;  // by name
   std::map<process_id, process_ptr> by_id_;
   std::set<std::uint64_t> cancelled_;
-  std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint64_t> plans_;        // (job, number): hash
-  std::map<std::tuple<std::uint64_t, std::uint64_t, int>, process_id> seats_;     // (job, number, rank)
+  std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint64_t> plans_;  // (job, number): hash
+  std::map<std::tuple<std::uint64_t, std::uint64_t, int>, process_id>
+      seats_;  // (job, number, rank)
   std::map<std::uint64_t, std::uint64_t> completed_;
 
   std::unique_ptr<cluster_machine> coordinator_;
-  std::uint64_t incarnation_ = 0;      // of this simulation, to void old events
+  std::uint64_t incarnation_ = 0;  // of this simulation, to void old events
   std::deque<action> todo_;
   bool is_saving_ = false;
   actions::save saving_;
@@ -255,22 +264,24 @@ class cluster {
   int worker_count_ = 0;
 };
 
-// ---- set-up -----------------------------------------------------------------------------------------
+// ---- set-up ----
 void cluster::set_up(std::uint64_t seed) {
   uses_wire_ = seed % 4 == 0;
   worker_count_ = static_cast<int>(draw(1, 6));
   // Rates are drawn per seed: some histories are calm, some are storms.
-  const auto rate = [this](double max) { return chance(0.5) ? 0.0 : max * static_cast<double>(draw(0, 100)) / 100; };
-  rates_.kill = rate(0.25);
+  const auto rate = [this](double max) {
+    return chance(0.5) ? 0.0 : max * static_cast<double>(draw(0, 100)) / 100;
+  };
+  rates_.kill = rate(0.5);
   rates_.freeze = rate(0.15);
   rates_.cut_control = rate(0.3);
-  rates_.cut_link = rate(0.1);
+  rates_.cut_link = rate(0.2);
   rates_.coordinator_crash = rate(0.1);
   rates_.action_crash = rate(0.01);
   rates_.disk_full = rate(0.1);
   rates_.corrupt = rate(0.05);
-  rates_.drain = rate(0.1);
-  rates_.pause = rate(0.05);
+  rates_.drain = rate(0.2);
+  rates_.pause = rate(0.1);
   faults_until_ = delay(10 * second, 60 * second);
   for (int i = 0; i < worker_count_; ++i) {
     in(delay(0, 3 * second), [this, i] { start_process(fmt::format("w{}", i)); });
@@ -279,7 +290,8 @@ void cluster::set_up(std::uint64_t seed) {
   const int jobs = static_cast<int>(draw(1, 3));
   for (int i = 0; i < jobs; ++i) {
     in(delay(0, 5 * second), [this, i, spec = make_spec(i)] {
-      // A client tries until it is answered; by name, so a second try is a conflict and not a second job.
+      // A client tries until it is answered; by name, so a second try is a conflict and not a
+      // second job.
       auto attempt = std::make_shared<std::function<void()>>();
       *attempt = [this, spec, attempt] {
         bool is_known = false;
@@ -310,16 +322,19 @@ job_spec cluster::make_spec(int index) {
   s.batch.micro_sequences = 1;
   s.batch.sequence_tokens = 8;
   s.batch.leaf_count = 8;
-  s.stop_steps = static_cast<std::int64_t>(draw(10, 80));
-  s.elasticity.workers_min = static_cast<int>(draw(1, static_cast<std::uint64_t>(std::max(1, worker_count_ - 1))));
+  s.stop_steps = static_cast<std::int64_t>(chance(0.3) ? draw(1, 20) : draw(20, 300));
+  s.elasticity.workers_min =
+      static_cast<int>(draw(1, static_cast<std::uint64_t>(std::max(1, worker_count_ - 1))));
   s.elasticity.workers_max = s.elasticity.workers_min + static_cast<int>(draw(0, 3));
   s.elasticity.on_loss = chance(0.7) ? "replace" : chance(0.5) ? "shrink" : "wait";
   s.elasticity.wait_for_min_ms = static_cast<std::int64_t>(draw(2'000, 30'000));
   s.elasticity.max_failures = 100'000;
-  if (chance(0.2) && worker_count_ >= 2) {
+  if (chance(0.5)) {
     s.parallelism.is_explicit = true;
-    s.parallelism.stages = 2;
-    s.parallelism.replicas = worker_count_ >= 4 && chance(0.5) ? 2 : 1;
+    s.parallelism.stages =
+        static_cast<int>(draw(1, static_cast<std::uint64_t>(std::min(3, worker_count_))));
+    s.parallelism.replicas = static_cast<int>(
+        draw(1, static_cast<std::uint64_t>(std::max(1, worker_count_ / s.parallelism.stages))));
   }
   s.checkpoint.every_steps = chance(0.2) ? 0 : static_cast<std::int64_t>(draw(3, 20));
   s.checkpoint.keep_last = static_cast<int>(draw(1, 3));
@@ -373,7 +388,7 @@ void cluster::start_process(const std::string& name) {
   in(delay(0, 100 * ms), *tick);
 }
 
-// ---- coordinator ------------------------------------------------------------------------------------
+// ---- coordinator ----
 void cluster::start_coordinator() {
   const std::uint64_t mine = ++incarnation_;
   std::vector<store_row> rows(rows_.begin(), rows_.end());
@@ -446,7 +461,8 @@ void cluster::do_save(const actions::save& s) {
 
 void cluster::pump() {
   while (!todo_.empty() && !is_saving_ && coordinator_) {
-    if (are_faults_on_ && chance(rates_.action_crash)) return crash_coordinator("between two actions");
+    if (are_faults_on_ && chance(rates_.action_crash))
+      return crash_coordinator("between two actions");
     action a = std::move(todo_.front());
     todo_.pop_front();
     carry_out(a);
@@ -480,12 +496,7 @@ void cluster::carry_out(action& a) {
     checkpoint_found answer{f->job, f->request, std::nullopt, {}};
     for (const auto& [step, m] : manifests_[value(f->job)]) {
       if (step > f->step_max) continue;
-      bool is_good = true;
-      for (const part_record& p : m.facts.parts) {
-        const auto part = parts_[value(f->job)].find(p.file);
-        is_good = is_good && part != parts_[value(f->job)].end() && !part->second.is_corrupt;
-      }
-      if (is_good) {
+      if (is_good(value(f->job), m)) {
         answer.newest = m.facts;
       } else {
         answer.notes.push_back(fmt::format("step {} is damaged", step));
@@ -500,28 +511,40 @@ void cluster::carry_out(action& a) {
     values whole;
     for (const part_record& p : m->parts) {
       const auto part = parts_[job].find(p.file);
-      if (part == parts_[job].end()) return violate("manifest {} names {} that was never written", m->step, p.file);
-      if (part->second.step != m->step) violate("manifest {} names a part of step {}", m->step, part->second.step);
+      if (part == parts_[job].end())
+        return violate("manifest {} names {} that was never written", m->step, p.file);
+      if (part->second.step != m->step)
+        violate("manifest {} names a part of step {}", m->step, part->second.step);
       for (const auto& [name, v] : part->second.weights) {
         if (!whole.emplace(name, v).second) violate("manifest {} has {} twice", m->step, name);
       }
     }
-    if (whole != truth_of(job).at[m->step]) violate("manifest {} of job {} is not the whole model of that step", m->step, job);
-    if (hash_of(whole) != m->weights_hash) violate("manifest {}: weights hash is not that of its parts", m->step);
+    if (whole != truth_of(job).at[m->step])
+      violate("manifest {} of job {} is not the whole model of that step", m->step, job);
+    if (hash_of(whole) != m->weights_hash)
+      violate("manifest {}: weights hash is not that of its parts", m->step);
     if (m->chain != truth_of(job).chain[m->step]) violate("manifest {}: wrong chain", m->step);
     // The write and its answer are apart: the coordinator may die in between.
     in(delay(ms, 30 * ms), [this, mine, m = *m, later] {
       if (incarnation_ != mine && chance(0.5)) return;
       ++result_.saves;
-      manifests_[value(m.job)][m.step] = {{m.step, m.seq, m.chain, m.loss, m.weights_hash, m.parts}};
+      manifests_[value(m.job)][m.step] = {
+          {m.step, m.seq, m.chain, m.loss, m.weights_hash, m.parts}};
       later(delay(ms, 30 * ms), manifest_written{m.job, m.step, true, ""});
     });
   } else if (auto* r = std::get_if<actions::retire_checkpoints>(&a)) {
     auto& have = manifests_[value(r->job)];
     checkpoints_retired answer{r->job, {}};
-    while (static_cast<int>(have.size()) > r->keep_last) {
-      answer.steps.push_back(have.begin()->first);
-      have.erase(have.begin());
+    // As the real one: the newest that verifies stays, however old.
+    std::uint64_t newest_good = 0;
+    for (const auto& [step, m] : have) {
+      if (is_good(value(r->job), m)) newest_good = step;
+    }
+    int too_many = static_cast<int>(have.size()) - r->keep_last;
+    for (auto m = have.begin(); m != have.end() && too_many > 0; --too_many) {
+      if (m->first == newest_good) break;
+      answer.steps.push_back(m->first);
+      m = have.erase(m);
     }
     if (!answer.steps.empty()) later(delay(ms, 20 * ms), answer);
   } else if (auto* n = std::get_if<actions::note>(&a)) {
@@ -536,9 +559,11 @@ void cluster::carry_out(action& a) {
 void cluster::check_commit(const commit& c) {
   const std::uint64_t job = value(c.shape.job);
   const auto row = rows_.find(keys::generation(c.shape.job, c.shape.generation));
-  if (row == rows_.end()) return violate("commit {} of job {} is sent before it is saved", c.shape.generation, job);
+  if (row == rows_.end())
+    return violate("commit {} of job {} is sent before it is saved", c.shape.generation, job);
   const auto saved = from_json_text<generation_record>(row->second);
-  if (!saved || !(saved->shape == c.shape)) violate("commit {} is not the plan that was saved", c.shape.generation);
+  if (!saved || !(saved->shape == c.shape))
+    violate("commit {} is not the plan that was saved", c.shape.generation);
   const std::uint64_t hash = plan_hash(c.shape);
   if (plans_.emplace(std::pair(job, c.shape.generation), hash).first->second != hash) {
     violate("two plans have number {} of job {}", c.shape.generation, job);
@@ -546,15 +571,14 @@ void cluster::check_commit(const commit& c) {
   // Never below what is durable and whole.
   for (const auto& [step, m] : manifests_[job]) {
     const bool is_indexed = rows_.count(keys::checkpoint(c.shape.job, step)) != 0;
-    bool is_good = is_indexed;
-    for (const part_record& p : m.facts.parts) is_good = is_good && !parts_[job].at(p.file).is_corrupt;
-    if (is_good && step > c.step) {
-      violate("commit {} of job {} starts at step {} though step {} is durable", c.shape.generation, job, c.step, step);
+    if (is_indexed && is_good(job, m) && step > c.step) {
+      violate("commit {} of job {} starts at step {} though step {} is durable", c.shape.generation,
+              job, c.step, step);
     }
   }
 }
 
-// ---- network ----------------------------------------------------------------------------------------
+// ---- network ----
 void cluster::dial(const process_ptr& p) {
   if (p->is_dialling || !p->is_alive) return;
   p->is_dialling = true;
@@ -631,7 +655,7 @@ void cluster::down(connection_id id, const to_worker& message) {
   });
 }
 
-// ---- workers ----------------------------------------------------------------------------------------
+// ---- workers ----
 void cluster::step_worker(const process_ptr& p, const worker_event& e) {
   ++result_.events;
   for (const worker_action& a : p->machine->step(e)) {
@@ -738,9 +762,11 @@ void cluster::forward(toy_trainer& t, const vote_result& vote) {
   t.has_pending = false;
   const truth& right = truth_of(value(t.shape.job));
   for (const auto& [name, v] : t.weights) {
-    if (right.at[t.step].at(name) != v) violate("{} at step {} is not the undisturbed value", name, t.step);
+    if (right.at[t.step].at(name) != v)
+      violate("{} at step {} is not the undisturbed value", name, t.step);
   }
-  if (right.chain[t.step] != t.chain) violate("the chain at step {} is not the undisturbed one", t.step);
+  if (right.chain[t.step] != t.chain)
+    violate("the chain at step {} is not the undisturbed one", t.step);
 }
 
 void cluster::load(const process_ptr& p, const commit& c) {
@@ -752,7 +778,8 @@ void cluster::load(const process_ptr& p, const commit& c) {
   }
   if (rank < 0) return violate("{} got a plan in which it has no place", p->name);
   const auto [seat, is_new] = seats_.emplace(std::tuple(job, number, rank), p->id);
-  if (!is_new && seat->second != p->id) violate("two workers hold rank {} of generation {}", rank, number);
+  if (!is_new && seat->second != p->id)
+    violate("two workers hold rank {} of generation {}", rank, number);
 
   const std::uint64_t epoch = ++t.epoch;
   if (t.has_state && value(t.shape.job) != job) t.has_state = false;
@@ -780,7 +807,8 @@ void cluster::load(const process_ptr& p, const commit& c) {
     }
     for (int r = 0; r < static_cast<int>(u.shape.members.size()); ++r) {
       const process_ptr other = peer_of(u, r);
-      on(other, delay(ms, 100 * ms), [this, other, e = other->trainer.epoch] { exchange(other, e); });
+      on(other, delay(ms, 100 * ms),
+         [this, other, e = other->trainer.epoch] { exchange(other, e); });
     }
   });
   on(p, 5 * second, [this, p, epoch, job, number] {
@@ -803,7 +831,8 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
       if (!share_links(p, from)) return;  // stuck until the next prepare
       const auto v = from->trainer.serving.find(x.tensor);
       if (v == from->trainer.serving.end()) {
-        return violate("rank {} is to send {} at step {}, which it does not hold", x.from_rank, x.tensor, c.step);
+        return violate("rank {} is to send {} at step {}, which it does not hold", x.from_rank,
+                       x.tensor, c.step);
       }
       have[x.tensor] = v->second;
     }
@@ -825,8 +854,10 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
   values mine;
   for (const std::string& name : needed(t, c, t.rank)) {
     const auto v = have.find(name);
-    if (v == have.end()) return violate("rank {} has nobody to give it {} at step {}", t.rank, name, c.step);
-    if (v->second != truth_of(job).at[c.step].at(name)) violate("{} loaded for step {} has other bits", name, c.step);
+    if (v == have.end())
+      return violate("rank {} has nobody to give it {} at step {}", t.rank, name, c.step);
+    if (v->second != truth_of(job).at[c.step].at(name))
+      violate("{} loaded for step {} has other bits", name, c.step);
     mine[name] = v->second;
   }
   // The old state goes only now: a prepare during the load finds it.
@@ -873,7 +904,8 @@ void cluster::begin_step(const process_ptr& p) {
        [this, zero, rank = t.rank, hash = t.hash, step = t.step + 1, chain = t.chain] {
          toy_trainer& z = zero->trainer;
          if (z.hash != hash || !z.are_links_open) return;
-         if (z.step + 1 != step) return violate("rank {} votes for step {}, rank 0 stands at {}", rank, step, z.step);
+         if (z.step + 1 != step)
+           return violate("rank {} votes for step {}, rank 0 stands at {}", rank, step, z.step);
          z.ballots[step][rank] = chain;
          count_ballots(zero, step);
        });
@@ -882,7 +914,8 @@ void cluster::begin_step(const process_ptr& p) {
 
 void cluster::count_ballots(const process_ptr& zero, std::uint64_t step) {
   toy_trainer& z = zero->trainer;
-  if (z.now != toy_trainer::doing::running || z.ballots[step].size() != z.shape.members.size()) return;
+  if (z.now != toy_trainer::doing::running || z.ballots[step].size() != z.shape.members.size())
+    return;
   vote_result vote;
   vote.step = step;
   for (const auto& [rank, chain] : z.ballots[step]) {
@@ -898,7 +931,8 @@ void cluster::count_ballots(const process_ptr& zero, std::uint64_t step) {
     const process_ptr p = peer_of(z, r);
     on(p, r == 0 ? 0 : delay(100, 30 * ms), [this, p, zero, vote, hash = z.hash] {
       toy_trainer& t = p->trainer;
-      const bool is_open = t.are_links_open && t.hash == hash && (p == zero || t.lost_peers.count(0) == 0);
+      const bool is_open =
+          t.are_links_open && t.hash == hash && (p == zero || t.lost_peers.count(0) == 0);
       if (is_open && t.has_pending && t.step + 1 == vote.step) apply(p, vote);
     });
   }
@@ -932,14 +966,16 @@ void cluster::apply(const process_ptr& p, const vote_result& vote) {
 
 void cluster::start_save(const process_ptr& p, bool is_final) {
   toy_trainer& t = p->trainer;
-  // Each tensor of the stage is saved by one replica; the head's copy of wte by the embedding's stage.
+  // Each tensor of the stage is saved by one replica; the head's copy of wte by the embedding's
+  // stage.
   const int stage = t.shape.stage_of(t.rank), replica = t.shape.replica_of(t.rank);
   const int replicas = t.shape.shape.replica_count;
   std::vector<std::vector<std::string>> shares(static_cast<std::size_t>(replicas));
   int parts = 0;
   for (int s = 0; s < t.shape.shape.stage_count; ++s) {
-    auto names = stage_tensor_names(t.spec.model, t.shape.shape.unit_cuts[static_cast<std::size_t>(s)],
-                                    t.shape.shape.unit_cuts[static_cast<std::size_t>(s) + 1]);
+    auto names =
+        stage_tensor_names(t.spec.model, t.shape.shape.unit_cuts[static_cast<std::size_t>(s)],
+                           t.shape.shape.unit_cuts[static_cast<std::size_t>(s) + 1]);
     if (s != 0) std::erase(names, "wte.weight");
     for (int r = 0; r < replicas; ++r) {
       std::vector<std::string> share;
@@ -984,13 +1020,14 @@ void cluster::write_part(const process_ptr& p, part_saved x, const values& weigh
   });
 }
 
-// ---- faults -----------------------------------------------------------------------------------------
+// ---- faults ----
 void cluster::kill(const process_ptr& p) {
   if (!p->is_alive) return;
   say("{} is killed", p->name);
   close_links(p);
   p->is_alive = false;
-  if (p->channel) cut(p->channel, -1, chance(0.9) ? delay(ms, 20 * ms) : delay(second, 10 * second));
+  if (p->channel)
+    cut(p->channel, -1, chance(0.9) ? delay(ms, 20 * ms) : delay(second, 10 * second));
   in(delay(100 * ms, 8 * second), [this, name = p->name] { start_process(name); });
 }
 
@@ -1006,10 +1043,12 @@ void cluster::faults() {
     *mend = [this, mend] {
       if (coordinator_) {
         for (const worker_view& w : coordinator_->workers()) {
-          if (w.state == "DRAINED" || w.state == "DRAINING") tell(events::undrain_worker{w.name, reply_id{}});
+          if (w.state == "DRAINED" || w.state == "DRAINING")
+            tell(events::undrain_worker{w.name, reply_id{}});
         }
         for (const job_view& j : coordinator_->job_views()) {
-          if (j.state == "PAUSED" || j.state == "CHECKPOINTING") tell(events::resume_job{j.id, reply_id{}});
+          if (j.state == "PAUSED" || j.state == "CHECKPOINTING")
+            tell(events::resume_job{j.id, reply_id{}});
         }
       }
       in(5 * second, *mend);
@@ -1030,7 +1069,8 @@ void cluster::faults() {
         const process_ptr other = peer_of(t, r);
         if (r == t.rank || !share_links(p, other)) continue;
         const auto tell_peer = [this, p, other, rank = t.rank, hash = t.hash](const char* what) {
-          if (other->trainer.hash == hash && share_links(p, other)) report_link(other, rank, what, 0);
+          if (other->trainer.hash == hash && share_links(p, other))
+            report_link(other, rank, what, 0);
         };
         in(second, [tell_peer] { tell_peer("suspected"); });
         in(for_us + 10 * ms, [tell_peer] { tell_peer("recovered"); });
@@ -1046,7 +1086,8 @@ void cluster::faults() {
   }
   if (auto p = pick(); p && p->channel && chance(rates_.cut_control * period)) {
     say("{} loses its control channel", p->name);
-    cut(p->channel, delay(ms, chance(0.2) ? 5 * second : 50 * ms), delay(ms, chance(0.2) ? 5 * second : 50 * ms));
+    cut(p->channel, delay(ms, chance(0.2) ? 5 * second : 50 * ms),
+        delay(ms, chance(0.2) ? 5 * second : 50 * ms));
   }
   if (auto p = pick(); p && p->trainer.are_links_open && chance(rates_.cut_link * period)) {
     const int r = static_cast<int>(draw(0, p->trainer.shape.members.size() - 1));
@@ -1073,7 +1114,9 @@ void cluster::faults() {
   if (auto p = pick(); p && chance(rates_.drain * period)) {
     say("{} is to be drained", p->name);
     tell(events::drain_worker{p->name, "test", reply_id{}});
-    in(delay(second, 10 * second), [this, name = p->name] { tell(events::undrain_worker{name, reply_id{}}); });
+    in(delay(second, 10 * second), [this, name = p->name] {
+      tell(events::undrain_worker{name, reply_id{}});
+    });
   }
   if (!specs_.empty() && chance(rates_.pause * period)) {
     const auto job = static_cast<job_id>(draw(1, specs_.size()));
@@ -1092,14 +1135,17 @@ outcome cluster::run() {
     if (next.time > end) break;
     now_ = next.time;
     next.what();
-    if (!are_faults_on_ && !specs_.empty() && completed_.size() == specs_.size() && now_ > 8 * second) break;
+    if (!are_faults_on_ && !specs_.empty() && completed_.size() == specs_.size() &&
+        now_ > 8 * second)
+      break;
   }
   result_.generations = plans_.size();
   if (result_.safety.empty() && (completed_.size() != specs_.size() || specs_.empty())) {
     for (const auto& [job, spec] : specs_) {
       if (completed_.count(job) != 0) continue;
-      result_.liveness += fmt::format("job {} did not end: {}; ", job,
-                                      coordinator_ ? coordinator_->why(static_cast<job_id>(job)) : "no coordinator");
+      result_.liveness += fmt::format(
+          "job {} did not end: {}; ", job,
+          coordinator_ ? coordinator_->why(static_cast<job_id>(job)) : "no coordinator");
     }
     if (specs_.empty()) result_.liveness = "no job was ever accepted";
   }

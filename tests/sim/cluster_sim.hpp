@@ -1,7 +1,9 @@
-// A whole cluster in one thread: the production machines under a seeded clock, network, store and disk.
+// A whole cluster in one thread: the production machines under a seeded clock, network, store and
+// disk.
 //
-// Toy trainers hold a hash per tensor in place of weights, so the oracle can say after every apply whether
-// these are the bits of an undisturbed run. Its truth is its own; it never asks a machine (STYLE 2).
+// Toy trainers hold a hash per tensor in place of weights, so the oracle can say after every apply
+// whether these are the bits of an undisturbed run. Its truth is its own; it never asks a machine
+// (STYLE 2).
 #pragma once
 
 #include <cstdint>
@@ -10,8 +12,8 @@
 namespace stagecoach::sim {
 
 struct outcome {
-  std::string safety;      // what was violated first; empty: nothing
-  std::string liveness;    // who did not finish in time, and why; empty: all ended
+  std::string safety;    // what was violated first; empty: nothing
+  std::string liveness;  // who did not finish in time, and why; empty: all ended
   std::uint64_t events = 0, steps = 0, lost_workers = 0, coordinator_crashes = 0, generations = 0,
                 rollbacks = 0, live_recoveries = 0, roll_forwards = 0, saves = 0;
 };

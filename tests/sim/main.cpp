@@ -1,4 +1,5 @@
-// test_sim --seed N --count K --loud: histories N .. N+K-1; exits 1 at the first that violates something.
+// test_sim --seed N --count K --loud: histories N .. N+K-1; exits 1 at the first that violates
+// something.
 #include <fmt/format.h>
 
 #include <cstdlib>
@@ -45,9 +46,11 @@ int main(int argc, char** argv) {
     if (!goes_on) break;
   }
   fmt::print(
-      "{} seeds from {}: {} events, {} steps, {} generations, {} lost workers, {} coordinator crashes, "
+      "{} seeds from {}: {} events, {} steps, {} generations, {} lost workers, {} coordinator "
+      "crashes, "
       "{} live loads, {} roll-forwards, {} loads from checkpoints, {} saves; {} bad\n",
-      count, seed, sum.events, sum.steps, sum.generations, sum.lost_workers, sum.coordinator_crashes,
-      sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.saves, bad);
+      count, seed, sum.events, sum.steps, sum.generations, sum.lost_workers,
+      sum.coordinator_crashes, sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.saves,
+      bad);
   return bad == 0 ? 0 : 1;
 }

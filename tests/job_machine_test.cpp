@@ -1,0 +1,661 @@
+#include "coordinator/job_machine.hpp"
+
+#include <doctest/doctest.h>
+
+#include "coordinator/decision.hpp"
+#include "coordinator/wire.hpp"
+#include "tests/machine_test_support.hpp"
+
+using namespace stagecoach;
+using namespace stagecoach::test;
+
+namespace {
+
+/// A job with hands: says what workers would say.
+struct bench {
+  explicit bench(job_spec spec) : machine(fresh(std::move(spec))) { tick(0); }
+
+  static restored_job fresh(job_spec spec) {
+    restored_job r;
+    r.record.id = static_cast<job_id>(1);
+    r.record.spec = std::move(spec);
+    return r;
+  }
+  static worker_facts facts(std::uint64_t n) {
+    return {w(n), fmt::format("p{}", n), fmt::format("w{}", n), "h", "127.0.0.1", 4000, "c"};
+  }
+
+  std::vector<action> step(const job_event& e) { return last = machine.step(e); }
+  std::vector<action> tick(std::int64_t ms) {
+    now += ms;
+    return step(job_events::tick{now, now});
+  }
+  std::vector<action> give(std::vector<std::uint64_t> ids) {
+    job_events::workers_given e;
+    for (const auto n : ids) e.workers.push_back(facts(n));
+    return step(e);
+  }
+  std::vector<action> say(std::uint64_t n, to_coordinator m) {
+    return step(job_events::worker_said{w(n), std::move(m)});
+  }
+  std::vector<action> answer(std::uint64_t n, std::uint64_t number, std::int64_t at_step = -1,
+                             std::vector<std::string> tensors = {}) {
+    prepared p;
+    p.job = 1;
+    p.number = number;
+    if (at_step >= 0) {
+      p.has_state = true;
+      p.step = static_cast<std::uint64_t>(at_step);
+      p.chain = 1000 + p.step;
+      p.tensors = std::move(tensors);
+      vote_result v;
+      v.step = p.step;
+      v.chain = p.chain;
+      p.last_vote = v;
+    }
+    return say(n, p);
+  }
+  std::uint64_t generation() const { return machine.generation()->shape.generation; }
+  std::uint64_t hash() const { return plan_hash(machine.generation()->shape); }
+  std::vector<action> load(std::uint64_t n, std::uint64_t at_step = 0) {
+    return say(n, ready{1, generation(), hash(), at_step, ""});
+  }
+  std::vector<std::string> stage(int rank) const {
+    const plan& p = machine.generation()->shape;
+    const auto s = static_cast<std::size_t>(p.stage_of(rank));
+    return stage_tensor_names(machine.record().spec.model, p.shape.unit_cuts[s],
+                              p.shape.unit_cuts[s + 1]);
+  }
+  std::uint64_t worker_at(int rank) const {
+    return value(machine.generation()->shape.members[static_cast<std::size_t>(rank)].worker);
+  }
+  /// Runs on workers 1 and 2 from step 0.
+  void start() {
+    give({1, 2});
+    answer(1, 1);
+    answer(2, 1);
+    load(1);
+    load(2);
+    REQUIRE(machine.state() == job_state::running);
+  }
+  void progress_to(std::uint64_t step_now) {
+    progress p{1, generation(), hash(), {}};
+    step_report r;
+    r.step = step_now;
+    r.chain = 1000 + step_now;
+    p.steps.push_back(r);
+    say(worker_at(0), p);
+  }
+  void beats(std::vector<std::uint64_t> ids) {
+    for (const auto n : ids)
+      say(n, beat{1, generation(), 0, static_cast<int>(worker_phase::running)});
+  }
+  /// Every stage's part of a step, by the replica 0 of each.
+  std::vector<action> save_parts(std::uint64_t at_step, std::uint64_t chain) {
+    std::vector<action> all;
+    const plan& p = machine.generation()->shape;
+    for (int rank = 0; rank < p.shape.stage_count; ++rank) {
+      part_saved x;
+      x.job = 1;
+      x.generation = generation();
+      x.plan_hash = hash();
+      x.step = at_step;
+      x.chain = chain;
+      x.part_count = p.shape.stage_count;
+      x.part.file = fmt::format("g{}-{}-{}", x.generation, at_step, rank);
+      x.part.tensors = stage(rank);
+      if (rank > 0) std::erase(x.part.tensors, "wte.weight");
+      x.part.weights_hash = "00000000000000010000000000000001";
+      for (action& a : say(worker_at(rank), x)) all.push_back(std::move(a));
+    }
+    return all;
+  }
+  void save_step(std::uint64_t at_step, std::uint64_t chain) {
+    const auto manifests = all_of<actions::write_manifest>(save_parts(at_step, chain));
+    REQUIRE(manifests.size() == 1);
+    step(manifest_written{static_cast<job_id>(1), at_step, true, ""});
+  }
+  void disconnect(std::uint64_t n) { step(job_events::worker_disconnected{w(n), "closed"}); }
+
+  job_machine machine;
+  std::vector<action> last;
+  std::int64_t now = 1000;
+};
+
+}  // namespace
+
+TEST_CASE("a first generation is prepared, saved, and only then committed") {
+  bench b(two_stages());
+  auto asked = b.give({1, 2});
+  CHECK(sent<prepare>(asked).size() == 2);
+  CHECK(place_of<actions::save>(asked) < place_of<actions::send>(asked));  // the number first
+  CHECK(b.machine.state() == job_state::planning);
+  CHECK(sent<commit>(b.answer(1, 1)).empty());
+  const auto decided = b.answer(2, 1);
+  const auto commits = sent<commit>(decided);
+  REQUIRE(commits.size() == 2);
+  CHECK(commits[0].second.source == source_kind::initial);
+  CHECK(commits[0].second.save_at_start);
+  const int save = place_of<actions::save>(decided);
+  CHECK(save >= 0);
+  CHECK(save < place_of<actions::send>(decided));
+  CHECK(sent<run_stage>(b.load(1)).empty());
+  CHECK(sent<run_stage>(b.load(2)).size() == 2);
+  CHECK(b.machine.state() == job_state::running);
+}
+
+TEST_CASE("messages of another number, plan or stranger are dropped and counted") {
+  bench b(two_stages());
+  b.give({1, 2});
+  b.answer(1, 1);
+  CHECK(b.answer(2, 7).empty());
+  b.answer(2, 1);
+  CHECK(b.say(1, ready{1, 1, 12345, 0, ""}).empty());
+  CHECK(b.say(9, held{1, 1, 0}).empty());
+  CHECK(b.machine.view().stale_messages == 3);
+  CHECK(b.machine.state() == job_state::planning);
+}
+
+TEST_CASE("a member is lost at once when its connection and a peer's link to it are closed") {
+  bench b(two_stages());
+  b.start();
+  b.disconnect(2);
+  CHECK(b.machine.state() == job_state::running);
+  const auto lost = b.say(1, peer_report{1, 1, 2, "lost", "reset"});
+  CHECK(has_note(lost, "worker_lost"));
+  CHECK(b.machine.state() == job_state::recovering);
+  REQUIRE(sent<prepare>(lost).size() == 1);
+  CHECK(sent<prepare>(lost)[0].second.number == 2);
+}
+
+TEST_CASE("a lost control socket does not evict while links live") {
+  bench b(two_stages());
+  b.start();
+  b.disconnect(2);
+  for (int i = 0; i < 29; ++i) {
+    b.beats({1});
+    b.tick(1000);
+  }
+  CHECK(b.machine.state() == job_state::running);
+  b.beats({1});
+  b.tick(1500);  // nobody could give it orders any more
+  CHECK(b.machine.state() == job_state::recovering);
+}
+
+TEST_CASE("a single worker whose connection closed is lost after its grace") {
+  job_spec s = small_spec(1, 1);
+  bench b(s);
+  b.give({1});
+  b.answer(1, 1);
+  b.load(1);
+  b.disconnect(1);
+  b.tick(2900);
+  CHECK(b.machine.state() == job_state::running);
+  const auto lost = b.tick(200);
+  CHECK(all_of<actions::release>(lost).size() == 1);
+  CHECK(b.machine.state() == job_state::pending);
+}
+
+TEST_CASE("a frozen member is lost after three seconds if a peer suspects it, else after ten") {
+  bench b(two_stages());
+  b.start();
+  SUBCASE("suspected") {
+    b.say(1, peer_report{1, 1, 2, "suspected", "silent"});
+    for (int i = 0; i < 29; ++i) {
+      b.beats({1});
+      b.tick(100);
+    }
+    CHECK(b.machine.state() == job_state::running);
+    b.beats({1});
+    b.tick(150);
+    CHECK(b.machine.state() == job_state::recovering);
+  }
+  SUBCASE("recovered in time") {
+    b.say(1, peer_report{1, 1, 2, "suspected", "silent"});
+    b.say(1, peer_report{1, 1, 2, "recovered", ""});
+    for (int i = 0; i < 40; ++i) {
+      b.beats({1});
+      b.tick(100);
+    }
+    CHECK(b.machine.state() == job_state::running);
+  }
+  SUBCASE("by silence alone") {
+    for (int i = 0; i < 99; ++i) {
+      b.beats({1});
+      b.tick(100);
+    }
+    CHECK(b.machine.state() == job_state::running);
+    b.beats({1});
+    b.tick(150);
+    CHECK(b.machine.state() == job_state::recovering);
+  }
+}
+
+TEST_CASE("a link that broke between two living workers is a new generation that evicts nobody") {
+  bench b(two_stages());
+  b.start();
+  b.say(1, peer_report{1, 1, 2, "lost", "reset"});
+  b.beats({1, 2});
+  b.tick(900);
+  CHECK(b.machine.state() == job_state::running);
+  b.beats({1, 2});
+  b.tick(150);
+  CHECK(b.machine.state() == job_state::recovering);
+  const auto again = b.tick(300);
+  CHECK(sent<prepare>(again).size() == 2);
+  CHECK(all_of<actions::release>(again).empty());
+}
+
+TEST_CASE("with two replicas a loss goes on live from the newest step, without a checkpoint") {
+  job_spec s = small_spec(1, 2);
+  s.parallelism.is_explicit = true;
+  s.parallelism.stages = 1;
+  s.parallelism.replicas = 2;
+  bench b(s);
+  b.start();
+  b.progress_to(20);
+  b.disconnect(2);
+  b.say(1, peer_report{1, 1, 2, "lost", "reset"});
+  const auto decided = b.answer(1, 2, 20, stage_tensor_names(s.model, 0, 4));
+  const auto commits = sent<commit>(decided);
+  REQUIRE(commits.size() == 1);
+  CHECK(commits[0].second.source == source_kind::live);
+  CHECK(commits[0].second.step == 20);
+  CHECK(all_of<actions::find_checkpoint>(decided).empty());
+}
+
+TEST_CASE("a stage that nobody holds any more comes from the newest durable checkpoint") {
+  bench b(two_stages());
+  b.start();
+  b.save_step(0, 1000);
+  b.progress_to(20);
+  b.save_step(15, 1015);
+  const auto survivor = b.worker_at(0);
+  const auto lost = b.worker_at(1);
+  b.disconnect(lost);
+  b.say(survivor, peer_report{1, 1, lost, "lost", "reset"});
+  b.give({3});
+  b.answer(survivor, 2, 20, b.stage(0));
+  const auto asked = b.answer(3, 2);
+  const auto finds = all_of<actions::find_checkpoint>(asked);
+  REQUIRE(finds.size() == 1);
+  checkpoint_facts facts;
+  facts.step = 15;
+  facts.chain = 1015;
+  const auto decided = b.step(
+      checkpoint_found{static_cast<job_id>(1), finds[0].request, facts, {"step 20 is damaged"}});
+  CHECK(has_note(decided, "checkpoint_skipped"));
+  const auto commits = sent<commit>(decided);
+  REQUIRE(commits.size() == 2);
+  CHECK(commits[0].second.source == source_kind::checkpoint);
+  CHECK(commits[0].second.step == 15);
+  CHECK(commits[0].second.chain == 1015);
+}
+
+TEST_CASE("a silent member that may stand at a newer step is waited for, a dead one is not") {
+  bench b(two_stages());
+  b.start();
+  b.save_step(0, 1000);
+  b.progress_to(20);
+  const auto survivor = b.worker_at(0);
+  const auto frozen = b.worker_at(1);
+  for (int i = 0; i < 101; ++i) {
+    b.beats({survivor});
+    b.tick(100);
+  }
+  REQUIRE(b.machine.state() == job_state::recovering);
+  b.give({3});
+  b.answer(3, 2);
+  const auto asked = b.answer(survivor, 2, 20, b.stage(0));
+  const auto finds = all_of<actions::find_checkpoint>(asked);
+  REQUIRE(finds.size() == 1);
+  checkpoint_facts facts;
+  const auto held_back =
+      b.step(checkpoint_found{static_cast<job_id>(1), finds[0].request, facts, {}});
+  CHECK(sent<commit>(held_back).empty());
+  SUBCASE("it is known to be dead") {
+    const auto gone = b.step(job_events::worker_gone{w(frozen), "its process ended"});
+    CHECK(sent<commit>(gone).size() == 2);
+  }
+  SUBCASE("ten seconds pass") {
+    std::vector<std::pair<worker_id, commit>> commits;
+    for (int i = 0; i < 105 && commits.empty(); ++i) {
+      b.say(survivor, beat{});
+      b.say(3, beat{});
+      commits = sent<commit>(b.tick(100));
+    }
+    CHECK(commits.size() == 2);
+  }
+}
+
+TEST_CASE("a checkpoint exists when all parts are in a manifest that is durable") {
+  bench b(two_stages());
+  b.start();
+  const auto manifests = all_of<actions::write_manifest>(b.save_parts(5, 1005));
+  REQUIRE(manifests.size() == 1);
+  CHECK(manifests[0].parts.size() == 2);
+  CHECK(manifests[0].weights_hash == "00000000000000020000000000000002");
+  CHECK(b.machine.checkpoints().empty());
+  SUBCASE("durable") {
+    const auto done = b.step(manifest_written{static_cast<job_id>(1), 5, true, ""});
+    CHECK(b.machine.checkpoints().count(5) == 1);
+    CHECK(place_of<actions::save>(done) < place_of<actions::send>(done));
+    CHECK(sent<checkpoint_durable>(done).size() == 2);
+    CHECK(all_of<actions::retire_checkpoints>(done).size() == 1);
+  }
+  SUBCASE("the disk is full: training goes on, the manifest is written again") {
+    CHECK(has_note(b.step(manifest_written{static_cast<job_id>(1), 5, false, "disk full"}),
+                   "save_failed"));
+    CHECK(b.machine.state() == job_state::running);
+    b.beats({1, 2});
+    b.tick(2500);
+    b.beats({1, 2});
+    CHECK(all_of<actions::write_manifest>(b.tick(2600)).size() == 1);
+  }
+}
+
+TEST_CASE("a part of an older generation counts for its step") {
+  bench b(two_stages());
+  b.start();
+  const auto first = b.worker_at(0), second = b.worker_at(1);
+  const auto stage0 = b.stage(0);
+  auto stage1 = b.stage(1);
+  std::erase(stage1, "wte.weight");
+  part_saved x;
+  x.job = 1;
+  x.generation = 1;
+  x.plan_hash = b.hash();
+  x.step = 5;
+  x.chain = 1005;
+  x.part_count = 2;
+  x.part.file = "a";
+  x.part.tensors = stage0;
+  CHECK(all_of<actions::write_manifest>(b.say(first, x)).empty());
+  b.disconnect(second);
+  b.say(first, peer_report{1, 1, second, "lost", "reset"});
+  REQUIRE(b.machine.state() == job_state::recovering);
+  x.part.file = "b";
+  x.part.tensors = stage1;
+  CHECK(all_of<actions::write_manifest>(b.say(second, x)).size() == 1);  // a stranger now
+}
+
+TEST_CASE("a step that is reported again with another chain is a divergence") {
+  bench b(two_stages());
+  b.start();
+  b.progress_to(7);
+  b.progress_to(7);
+  CHECK_FALSE(has_note(b.last, "divergence"));
+  progress p{1, 1, b.hash(), {}};
+  step_report r;
+  r.step = 7;
+  r.chain = 1;
+  p.steps.push_back(r);
+  CHECK(has_note(b.say(b.worker_at(0), p), "divergence"));
+}
+
+TEST_CASE("pause: save and hold ride together, the job pauses when the checkpoint is durable") {
+  bench b(two_stages());
+  b.start();
+  b.progress_to(7);
+  const auto ordered = b.step(job_events::pause{static_cast<reply_id>(1)});
+  const auto orders = sent<give_order>(ordered);
+  REQUIRE(orders.size() == 2);
+  CHECK(value(orders[0].first) == b.worker_at(0));
+  CHECK(orders[0].second.kind == static_cast<int>(order_kind::save));
+  CHECK(orders[1].second.kind == static_cast<int>(order_kind::hold));
+  b.say(1, held{1, 1, 8});
+  b.say(2, held{1, 1, 8});
+  CHECK(b.machine.state() == job_state::checkpointing);
+  b.save_step(8, 1008);
+  CHECK(b.machine.state() == job_state::paused);
+  CHECK(sent<stop_stage>(b.last).size() == 2);
+  b.step(job_events::resume{});
+  CHECK(b.machine.state() == job_state::pending);
+  CHECK(b.machine.wish(2).least == 2);
+}
+
+TEST_CASE("a hold that nobody remembers after a restart is let go") {
+  bench b(two_stages());
+  b.start();
+  restored_job r;
+  r.record = b.machine.record();
+  r.generation = b.machine.generation();
+  bench c(two_stages());
+  c.machine = job_machine(r);
+  c.tick(0);
+  CHECK(c.machine.expects(w(1)));
+  hello h;
+  h.job = 1;
+  h.generation = 1;
+  h.plan_hash = b.hash();
+  h.phase = static_cast<int>(worker_phase::held);
+  h.step = 9;
+  c.step(job_events::worker_connected{w(1), h});
+  const auto adopted = c.step(job_events::worker_connected{w(2), h});
+  CHECK(sent<resume_stage>(adopted).size() == 2);
+  CHECK(sent<prepare>(adopted).empty());
+  CHECK(c.machine.state() == job_state::running);
+}
+
+TEST_CASE(
+    "a member that missed the end of a hold is let go when it comes back, though another is "
+    "ordered") {
+  // Found by: test_sim --seed=5610.
+  bench b(two_stages());
+  b.start();
+  b.progress_to(7);
+  b.step(job_events::pause{});
+  b.say(1, held{1, 1, 8});
+  b.step(job_events::resume{});  // the pause is withdrawn
+  CHECK(sent<resume_stage>(b.say(2, held{1, 1, 8})).size() == 2);
+  b.step(job_events::pause{});
+  hello h;
+  h.job = 1;
+  h.generation = 1;
+  h.plan_hash = b.hash();
+  h.phase = static_cast<int>(worker_phase::held);
+  h.step = 8;
+  b.disconnect(2);
+  CHECK(sent<resume_stage>(b.step(job_events::worker_connected{w(2), h})).size() == 1);
+  CHECK(sent<resume_stage>(b.say(2, held{1, 1, 8})).size() == 1);
+  CHECK(b.say(1, held{1, 1, 9}).empty());  // the new hold, which the other is still to reach
+}
+
+TEST_CASE("after a restart a running generation is adopted without a word") {
+  bench b(two_stages());
+  b.start();
+  restored_job r;
+  r.record = b.machine.record();
+  r.generation = b.machine.generation();
+  bench c(two_stages());
+  c.machine = job_machine(r);
+  c.tick(0);
+  hello h;
+  h.job = 1;
+  h.generation = 1;
+  h.plan_hash = b.hash();
+  h.phase = static_cast<int>(worker_phase::running);
+  h.step = 9;
+  c.step(job_events::worker_connected{w(1), h});
+  SUBCASE("all came back") {
+    const auto adopted = c.step(job_events::worker_connected{w(2), h});
+    CHECK(all_of<actions::send>(adopted).empty());
+    CHECK(c.machine.state() == job_state::running);
+  }
+  SUBCASE("one was ready and missed the order to run") {
+    h.phase = static_cast<int>(worker_phase::ready);
+    const auto adopted = c.step(job_events::worker_connected{w(2), h});
+    CHECK(sent<run_stage>(adopted).size() == 1);
+  }
+  SUBCASE("one never comes: after ten seconds the next number") {
+    std::vector<std::pair<worker_id, prepare>> asked;
+    for (int i = 0; i < 102 && asked.empty(); ++i) {
+      c.say(1, beat{1, 1, 9, static_cast<int>(worker_phase::running)});
+      asked = sent<prepare>(c.tick(100));
+    }
+    REQUIRE(asked.size() == 1);
+    CHECK(asked[0].second.number == 2);
+  }
+  SUBCASE("one answered a prepare whose number was never saved") {
+    h.promised = 6;
+    h.phase = static_cast<int>(worker_phase::prepared);
+    const auto asked = sent<prepare>(c.step(job_events::worker_connected{w(2), h}));
+    REQUIRE(asked.size() == 2);
+    CHECK(asked[0].second.number == 7);
+  }
+}
+
+TEST_CASE("a failure that is fatal fails the job with its words") {
+  bench b(two_stages());
+  b.give({1, 2});
+  b.answer(1, 1);
+  b.answer(2, 1);
+  const auto ended = b.say(2, failed{1, 1, "bad_spec", "init: /nowhere is not there", true});
+  CHECK(b.machine.state() == job_state::failed);
+  CHECK(b.machine.record().reason == "init: /nowhere is not there");
+  CHECK(all_of<actions::release>(ended).size() == 2);
+}
+
+TEST_CASE("a worker that lacks the data is refused for the job, by name") {
+  bench b(two_stages());
+  b.give({1, 2});
+  b.answer(1, 1);
+  b.answer(2, 1);
+  const auto refused = b.say(2, failed{1, 1, "not_found", "no /data/text on h2", false});
+  CHECK(has_note(refused, "worker_refused"));
+  std::string why;
+  CHECK_FALSE(b.machine.accepts(bench::facts(2), &why));
+  CHECK(why == "failed at this job: no /data/text on h2");
+}
+
+TEST_CASE("more failures in an hour than the budget fail the job") {
+  job_spec s = two_stages();
+  s.elasticity.max_failures = 1;
+  bench b(s);
+  b.start();
+  b.say(1, failed{1, 1, "unreachable", "link", false});
+  CHECK(b.machine.state() == job_state::recovering);
+  b.tick(300);
+  b.answer(1, 2, 0, b.stage(0));
+  b.answer(2, 2, 0, b.stage(1));
+  REQUIRE(b.machine.generation()->shape.generation == 2);
+  b.say(1, failed{1, 2, "unreachable", "link", false});
+  CHECK(b.machine.state() == job_state::failed);
+}
+
+TEST_CASE("a job is completed when its last step is durable and all have finished") {
+  job_spec s = two_stages();
+  s.stop_steps = 10;
+  bench b(s);
+  b.start();
+  b.progress_to(10);
+  b.say(1, finished{1, 1, 10});
+  b.say(2, finished{1, 1, 10});
+  CHECK(b.machine.state() == job_state::checkpointing);
+  b.save_step(10, 1010);
+  CHECK(b.machine.state() == job_state::completed);
+  const int save = place_of<actions::save>(b.last);
+  CHECK(save < place_of<actions::send>(b.last));
+  CHECK(sent<stop_stage>(b.last).size() == 2);
+}
+
+TEST_CASE("without any usable checkpoint a job that had one pauses and says where it looked") {
+  bench b(two_stages());
+  b.start();
+  b.save_step(0, 1000);
+  const auto survivor = b.worker_at(0), lost = b.worker_at(1);
+  b.disconnect(lost);
+  b.say(survivor, peer_report{1, 1, lost, "lost", "reset"});
+  b.give({3});
+  b.answer(survivor, 2, 5, b.stage(0));
+  const auto finds = all_of<actions::find_checkpoint>(b.answer(3, 2));
+  REQUIRE(finds.size() == 1);
+  b.step(checkpoint_found{
+      static_cast<job_id>(1), finds[0].request, std::nullopt, {"part a: corrupt"}});
+  CHECK(b.machine.state() == job_state::paused);
+  CHECK(b.machine.record().reason.find("no usable checkpoint in folder") == 0);
+}
+
+TEST_CASE("a checkpoint that becomes durable while an older one is verified is looked for again") {
+  // Found by: test_sim --seed=1391.
+  bench b(two_stages());
+  b.start();
+  b.save_step(0, 1000);
+  const auto survivor = b.worker_at(0), lost = b.worker_at(1);
+  b.disconnect(lost);
+  b.say(survivor, peer_report{1, 1, lost, "lost", "reset"});
+  b.give({3});
+  b.answer(survivor, 2, 7, b.stage(0));
+  const auto finds = all_of<actions::find_checkpoint>(b.answer(3, 2));
+  REQUIRE(finds.size() == 1);
+  b.save_parts(5, 1005);
+  b.step(manifest_written{static_cast<job_id>(1), 5, true, ""});
+  const auto again =
+      b.step(checkpoint_found{static_cast<job_id>(1), finds[0].request, checkpoint_facts{}, {}});
+  CHECK(sent<commit>(again).empty());
+  CHECK(all_of<actions::find_checkpoint>(again).size() == 1);
+}
+
+// ---- decision ----
+namespace {
+
+candidate holder(std::uint64_t id, std::uint64_t at_step, std::vector<std::string> tensors,
+                 bool has_pending = false) {
+  candidate c;
+  c.worker = w(id);
+  c.answer.has_state = true;
+  c.answer.step = at_step;
+  c.answer.chain = 1000 + at_step;
+  c.answer.tensors = std::move(tensors);
+  vote_result v;
+  v.step = at_step;
+  v.chain = c.answer.chain;
+  c.answer.last_vote = v;
+  c.answer.has_pending = has_pending;
+  return c;
+}
+
+}  // namespace
+
+TEST_CASE("decision: the newest step of which every tensor has a holder, or can roll forward") {
+  const job_spec s = two_stages();
+  const layout shape{2, 1, "1f1b", {0, 2, 4}, {0, 8}};
+  const auto front = stage_tensor_names(s.model, 0, 2), back = stage_tensor_names(s.model, 2, 4);
+  SUBCASE("all at one step") {
+    const auto c = choose_live(s, shape, {holder(1, 9, back), holder(2, 9, front)}, 0);
+    REQUIRE(c);
+    CHECK(c->step == 9);
+    CHECK(c->by_rank == std::vector<int>{1, 0});  // each sits where its tensors are
+    CHECK(c->transfers.empty());
+    CHECK_FALSE(c->roll_forward);
+  }
+  SUBCASE("one is a step behind and kept the gradient") {
+    const auto c = choose_live(s, shape, {holder(1, 10, front), holder(2, 9, back, true)}, 0);
+    REQUIRE(c);
+    CHECK(c->step == 10);
+    REQUIRE(c->roll_forward);
+    CHECK(c->roll_forward->step == 10);
+  }
+  SUBCASE("one is a step behind and did not") {
+    CHECK_FALSE(choose_live(s, shape, {holder(1, 10, front), holder(2, 9, back)}, 0));
+  }
+  SUBCASE("a joiner gets what it lacks, and only that") {
+    const auto whole = stage_tensor_names(s.model, 0, 4);
+    candidate joiner;
+    joiner.worker = w(1);
+    const auto c = choose_live(s, shape, {joiner, holder(2, 9, whole)}, 0);
+    REQUIRE(c);
+    CHECK(c->transfers.size() == (c->by_rank[0] == 0 ? front.size() : back.size()));
+    for (const auto& t : c->transfers) CHECK(c->by_rank[static_cast<std::size_t>(t.to_rank)] == 0);
+  }
+  SUBCASE("older than what is durable is of no use") {
+    CHECK_FALSE(choose_live(s, shape, {holder(1, 9, back), holder(2, 9, front)}, 10));
+  }
+  SUBCASE("the embedding matrix that the head lost is copied from the embedding") {
+    const auto c = choose_live(
+        s, shape, {holder(1, 9, front), holder(2, 9, {back.begin() + 1, back.end()})}, 0);
+    REQUIRE(c);
+    REQUIRE(c->transfers.size() == 1);
+    CHECK(c->transfers[0] == transfer_record{"wte.weight", 0, 1});
+  }
+}
