@@ -455,6 +455,10 @@ void stage::backward_input(int slot, const float* output_gradient, float* input_
   }
 }
 
+void stage::forget_microbatches() {
+  for (slot_arrays& slot : self_->slots) slot.state = slot_state::free;
+}
+
 void stage::backward_weight(int slot, float* gradients, bool accumulate) {
   implementation& s = *self_;
   slot_arrays& a = s.slot(slot);

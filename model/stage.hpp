@@ -1,8 +1,10 @@
-// A contiguous slice of a GPT-2 model: forward, input gradient and weight gradient of one microbatch.
+// A contiguous slice of a GPT-2 model: forward, input gradient and weight gradient of one
+// microbatch.
 //
-// Holds parameters, AdamW moments and the activations of the microbatches in flight. Knows no link, no
-// schedule, no leaf: the trainer (worker/) calls it in the order of an instruction table and owns the
-// gradient buffers. Activations at each unit boundary are float32 [B*T, C], cut or not (DESIGN 4).
+// Holds parameters, AdamW moments and the activations of the microbatches in flight. Knows no link,
+// no schedule, no leaf: the trainer (worker/) calls it in the order of an instruction table and
+// owns the gradient buffers. Activations at each unit boundary are float32 [B*T, C], cut or not
+// (DESIGN 4).
 #pragma once
 
 #include <cstdint>
@@ -16,13 +18,13 @@
 
 namespace stagecoach {
 
-/// Which gradient arrays a stage produces: one per tensor it holds, except that the tied matrix gives two
-/// kinds that stay apart until the leaf tree is done: "wte.weight@embed" (embedding unit) and
-/// "wte.weight@head" (head unit).  Offsets are into one flat float array (the gradient buffer).
+/// Which gradient arrays a stage produces: one per tensor it holds, except that the tied matrix
+/// gives two kinds that stay apart until the leaf tree is done: "wte.weight@embed" (embedding unit)
+/// and "wte.weight@head" (head unit).  Offsets are into one flat float array (the gradient buffer).
 struct gradient_slot {
-  std::string name;            // tensor name, or wte.weight@embed / wte.weight@head
-  int tensor_index = 0;        // global
-  std::int64_t offset = 0;     // into the flat buffer, multiple of 16
+  std::string name;         // tensor name, or wte.weight@embed / wte.weight@head
+  int tensor_index = 0;     // global
+  std::int64_t offset = 0;  // into the flat buffer, multiple of 16
   std::int64_t count = 0;
 };
 
@@ -37,34 +39,41 @@ class stage {
 
   bool has_embedding() const;
   bool has_head() const;
-  std::int64_t boundary_count() const;                    // B*T*C floats of a boundary activation
+  std::int64_t boundary_count() const;  // B*T*C floats of a boundary activation
 
-  // ---- state, by tensor name; pointers live as long as the stage -------------------------------------
-  const std::vector<tensor_info>& tensors() const;        // in global order
-  float* parameter(const std::string& name);              // null if not held
+  // ---- state, by tensor name; pointers live as long as the stage
+  // -------------------------------------
+  const std::vector<tensor_info>& tensors() const;  // in global order
+  float* parameter(const std::string& name);        // null if not held
   float* moment1(const std::string& name);
   float* moment2(const std::string& name);
-  void initialise_parameters();                           // init: random; moments zero
+  void initialise_parameters();  // init: random; moments zero
 
-  // ---- gradients --------------------------------------------------------------------------------------
+  // ---- gradients
+  // --------------------------------------------------------------------------------------
   const std::vector<gradient_slot>& gradient_layout() const;
-  std::int64_t gradient_count() const;                    // floats of the flat buffer
+  std::int64_t gradient_count() const;  // floats of the flat buffer
 
-  // ---- one microbatch in a slot ----------------------------------------------------------------------
+  // ---- one microbatch in a slot
+  // ----------------------------------------------------------------------
   /// input: boundary activation from the previous stage (null for the embedding stage);
-  /// tokens, targets [B*T] (used where the stage has the embedding / the head; may be null elsewhere).
-  /// output: boundary activation for the next stage (null for the head stage).
-  /// Returns the loss sum over the microbatch's tokens (head stage; else 0).
+  /// tokens, targets [B*T] (used where the stage has the embedding / the head; may be null
+  /// elsewhere). output: boundary activation for the next stage (null for the head stage). Returns
+  /// the loss sum over the microbatch's tokens (head stage; else 0).
   double forward(int slot, const float* input, const std::int32_t* tokens,
                  const std::int32_t* targets, float* output);
-  /// output_gradient: from the next stage (null for the head stage, which starts from its loss times
-  /// loss_scale = 1 / tokens of the whole step). input_gradient: for the previous stage (null for stage 0).
-  /// Keeps what backward_weight needs in the slot.
+  /// output_gradient: from the next stage (null for the head stage, which starts from its loss
+  /// times loss_scale = 1 / tokens of the whole step). input_gradient: for the previous stage (null
+  /// for stage 0). Keeps what backward_weight needs in the slot.
   void backward_input(int slot, const float* output_gradient, float* input_gradient,
                       float loss_scale);
   /// Adds (or assigns, accumulate = false: first microbatch of a leaf) this microbatch's weight
   /// gradients to the flat buffer. Frees the slot.
   void backward_weight(int slot, float* gradients, bool accumulate);
+
+  /// Forgets the microbatches in flight: a dropped step leaves them between forward and weight
+  /// gradient.
+  void forget_microbatches();
 
   /// Forward without keeping activations, for evaluation; same arguments and result as forward.
   double evaluate(const float* input, const std::int32_t* tokens, const std::int32_t* targets,
@@ -75,13 +84,15 @@ class stage {
   void logits(const std::int32_t* tokens, std::int64_t row, float* to);
   const batch_spec& batch() const;
 
-  // ---- optimizer -------------------------------------------------------------------------------------
-  /// AdamW on every tensor. gradients: the flat buffer, fully reduced, in which the caller has put the
-  /// final tied gradient (head + embed, in this order) into every wte slot that the stage has.
+  // ---- optimizer
+  // -------------------------------------------------------------------------------------
+  /// AdamW on every tensor. gradients: the flat buffer, fully reduced, in which the caller has put
+  /// the final tied gradient (head + embed, in this order) into every wte slot that the stage has.
   void apply(const float* gradients, const adamw_scalars& scalars);
 
-  tensor_hash weights_hash(bool owns_tied_matrix) const;  // without wte where !owns_tied_matrix and no embedding
-  tensor_hash state_hash(bool owns_tied_matrix) const;    // parameters and moments
+  tensor_hash weights_hash(
+      bool owns_tied_matrix) const;  // without wte where !owns_tied_matrix and no embedding
+  tensor_hash state_hash(bool owns_tied_matrix) const;  // parameters and moments
   std::int64_t allocated_bytes() const;
 
  private:

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <chrono>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
@@ -62,7 +63,7 @@ layout make_layout(const job_spec& spec, int stages, int replicas, const std::st
 }
 
 run_outcome run_in_process(const job_spec& spec, const layout& shape, int threads,
-                           const std::string& backend_name) {
+                           const std::string& backend_name, std::int64_t drop_at) {
   plan p;
   p.job = static_cast<job_id>(1);
   p.generation = 1;
@@ -72,6 +73,7 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
         {static_cast<worker_id>(r + 1), fmt::format("{:032x}", r), fmt::format("w{}", r), "", 0});
   const auto text = synthetic_text(20'000);
   auto links = make_memory_links(shape.worker_count());
+  auto broken = make_memory_links(shape.worker_count());
 
   run_outcome outcome;
   tensor_hash weights, state;
@@ -90,6 +92,17 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
                          reader_of(text));
       std::uint64_t chain = 0;
       for (std::int64_t step = 1; step <= spec.stop_steps; ++step) {
+        if (step == drop_at) {
+          // Each rank breaks wherever it is after a moment.
+          step_runner lost(spec, p, rank, model, *broken[rank], *device, reader_of(text),
+                           reader_of(text));
+          std::thread cut([&] {
+            std::this_thread::sleep_for(std::chrono::milliseconds(3));
+            broken[rank]->cancel();
+          });
+          (void)lost.compute(static_cast<std::uint64_t>(step), chain, {}).has_value();
+          cut.join();
+        }
         auto vote = runner.compute(static_cast<std::uint64_t>(step), chain, {});
         if (!vote) {
           std::lock_guard lock(mutex);

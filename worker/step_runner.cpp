@@ -185,7 +185,9 @@ result<vote_result> step_runner::compute(std::uint64_t step, std::uint64_t chain
   times_ = {};
   step_ = step;
   pending_step_ = 0;
-  // What an earlier, cancelled try left behind is garbage.
+  // What an earlier, cancelled try left behind is garbage, this runner's or that of an older
+  // generation.
+  stage_.forget_microbatches();
   for (float* p : stack_) free_.push_back(p);
   stack_.clear();
   if (accumulating_ != nullptr) free_.push_back(accumulating_);
