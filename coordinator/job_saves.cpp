@@ -302,6 +302,10 @@ void job_machine::on(const manifest_written& e) {
   const checkpoint_spec& keep = record_.spec.checkpoint;
   out_.push_back(
       actions::retire_checkpoints{id(), keep.store, keep.keep_last, keep.keep_every_steps});
+  // Parts of a worker that was given up came late: what loads now would do these steps again.
+  if (phase_ == phase::loading && e.step > generation_->step) {
+    start_preparing(fmt::format("step {} became durable", e.step));
+  }
   advance();
 }
 

@@ -59,7 +59,7 @@ struct truth {
 struct rates {  // events per second of the whole cluster
   double kill = 0, freeze = 0, cut_control = 0, cut_link = 0, coordinator_crash = 0,
          action_crash = 0;
-  double disk_full = 0, corrupt = 0, drain = 0, pause = 0, lost_store_write = 0;
+  double disk_full = 0, corrupt = 0, drain = 0, pause = 0, slow = 0;  // slow: share of the messages
 };
 
 struct disk_part {
@@ -151,6 +151,10 @@ class cluster {
   }
   us delay(us from, us to) {
     return static_cast<us>(draw(static_cast<std::uint64_t>(from), static_cast<std::uint64_t>(to)));
+  }
+  us travel() {
+    const bool is_slow = are_faults_on_ && chance(rates_.slow);
+    return is_slow ? delay(100 * ms, 4 * second) : delay(100, 20 * ms);
   }
   bool chance(double p) { return static_cast<double>(random_() >> 11) * 0x1p-53 < p; }
   template <class... A>
@@ -282,6 +286,7 @@ void cluster::set_up(std::uint64_t seed) {
   rates_.corrupt = rate(0.05);
   rates_.drain = rate(0.2);
   rates_.pause = rate(0.1);
+  rates_.slow = rate(0.05);
   faults_until_ = delay(10 * second, 60 * second);
   for (int i = 0; i < worker_count_; ++i) {
     in(delay(0, 3 * second), [this, i] { start_process(fmt::format("w{}", i)); });
@@ -623,7 +628,7 @@ void cluster::up(const process_ptr& p, const to_coordinator& message) {
     if (!decoded) return violate("wire: {}", decoded.err().message);
     sent = std::move(*decoded);
   }
-  c->last_up = std::max(c->last_up, now_ + delay(100, 20 * ms));
+  c->last_up = std::max(c->last_up, now_ + travel());
   const std::uint64_t mine = incarnation_;
   at(c->last_up, [this, c, mine, sent = std::move(sent)] {
     if (!c->is_open || incarnation_ != mine) return;
@@ -646,7 +651,7 @@ void cluster::down(connection_id id, const to_worker& message) {
     if (!decoded) return violate("wire: {}", decoded.err().message);
     sent = std::move(*decoded);
   }
-  c->last_down = std::max(c->last_down, now_ + delay(100, 20 * ms));
+  c->last_down = std::max(c->last_down, now_ + travel());
   at(c->last_down, [this, c, sent = std::move(sent)] {
     if (!c->is_open) return;
     on_now(c->who, [this, c, sent] {
@@ -677,7 +682,7 @@ void cluster::step_worker(const process_ptr& p, const worker_event& e) {
 }
 
 void cluster::emit(const process_ptr& p, to_coordinator message) {
-  p->last_emit = std::max(p->last_emit + 1, now_ + delay(0, 3 * ms));
+  p->last_emit = std::max(p->last_emit + 1, now_ + (chance(0.5) ? 0 : travel()));
   at(p->last_emit, [this, p, message = std::move(message)] {
     on_now(p, [this, p, message] { step_worker(p, worker_events::trainer_said{message}); });
   });
@@ -1103,7 +1108,10 @@ void cluster::faults() {
   if (coordinator_ && chance(rates_.coordinator_crash * period)) crash_coordinator("killed");
   if (chance(rates_.corrupt * period)) {
     for (auto& [job, have] : manifests_) {
-      if (have.size() < 2 || !chance(0.5)) continue;
+      const auto good = std::count_if(have.begin(), have.end(), [&, job = job](const auto& m) {
+        return is_good(job, m.second);
+      });
+      if (good < 2 || !chance(0.5)) continue;  // without any the job rightly pauses
       for (const part_record& part : have.rbegin()->second.facts.parts) {
         parts_[job][part.file].is_corrupt = true;
         say("checkpoint {} of job {} is damaged", have.rbegin()->first, job);
