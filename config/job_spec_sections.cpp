@@ -649,7 +649,8 @@ void spec_reader::check_layout() {
   } else if (!is_given) {
     e.workers_min = e.workers_max = workers;
   } else if (workers > e.workers_max) {
-    // A smaller minimum is fine: with fewer workers than the layout wants the planner lays it out anew.
+    // A smaller minimum is fine: with fewer workers than the layout wants the planner lays it out
+    // anew.
     report(place_of({"elasticity.workers"}), "E205", "elasticity.workers",
            fmt::format("the explicit layout of {} stages x {} replicas needs {} workers, "
                        "elasticity.workers allows at most {}",

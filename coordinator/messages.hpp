@@ -114,7 +114,7 @@ struct hello {
   std::uint64_t job = 0;  // 0: nothing
   std::uint64_t generation = 0;
   std::uint64_t plan_hash = 0;
-  int phase = 0;           // worker_phase
+  int phase = 0;               // worker_phase
   std::uint64_t step = 0;      // newest applied
   std::uint64_t promised = 0;  // newest prepare it answered: takes nothing of smaller numbers
   std::string version;

@@ -1,4 +1,5 @@
-// Text from weights: greedy or temperature sampling with a counter-based generator. For people, not for speed.
+// Text from weights: greedy or temperature sampling with a counter-based generator. For people, not
+// for speed.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,8 @@
 namespace stagecoach {
 
 struct sampling {
-  double temperature = 0.8;   // 0: greedy
-  int top_k = 40;             // 0: all
+  double temperature = 0.8;  // 0: greedy
+  int top_k = 40;            // 0: all
   std::uint64_t seed = 1;
   int max_new_tokens = 200;
 };

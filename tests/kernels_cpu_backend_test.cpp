@@ -111,7 +111,7 @@ constexpr model_shape shapes[] = {
     {4, 256, 6, 192, 768, 300},   // the usual microbatch
     {8, 512, 2, 64, 64, 300},     // 4,096 rows at few channels: long sums, few tiles
     {1, 4096, 1, 32, 48, 64},     // one long sequence
-    {1, 513, 1, 16, 32, 12500},  // rows and pieces enough for weights that are turned over first
+    {1, 513, 1, 16, 32, 12500},   // rows and pieces enough for weights that are turned over first
 };
 
 }  // namespace

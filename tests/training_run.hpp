@@ -24,8 +24,8 @@ struct run_outcome {
 job_spec small_job();
 
 /// Runs spec.stop_steps steps. threads: of each worker's backend; backend_name: "cpu" or
-/// "reference". drop_at: a step that every rank first begins with links that break in its middle, as
-/// when a worker is lost, and then runs again with the same stage (0: none).
+/// "reference". drop_at: a step that every rank first begins with links that break in its middle,
+/// as when a worker is lost, and then runs again with the same stage (0: none).
 run_outcome run_in_process(const job_spec& spec, const layout& shape, int threads,
                            const std::string& backend_name = "cpu", std::int64_t drop_at = 0);
 

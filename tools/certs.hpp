@@ -24,7 +24,7 @@ struct certificate_request {
   std::string name{};  // CN and file name: letters, digits, '.', '_', '-'; at most 63 bytes
   std::vector<std::string> hosts{};  // DNS names or IP addresses; coordinator and worker always
                                      // also get localhost, 127.0.0.1 and ::1
-  int days = 365;  // may be negative in tests: expired
+  int days = 365;                    // may be negative in tests: expired
   bool overwrite = false;
 };
 

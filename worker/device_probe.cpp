@@ -1,4 +1,6 @@
 // The device's arithmetic as a fact: one microbatch through each kind of unit, hashed.
+#include "worker/device_probe.hpp"
+
 #include <fmt/format.h>
 #include <xxhash.h>
 
@@ -6,7 +8,6 @@
 
 #include "kernels/backend.hpp"
 #include "model/stage.hpp"
-#include "worker/trainer.hpp"
 
 namespace stagecoach {
 

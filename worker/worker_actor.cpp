@@ -11,6 +11,7 @@
 #include "config/log.hpp"
 #include "coordinator/wire.hpp"
 #include "worker/control_client.hpp"
+#include "worker/device_probe.hpp"
 #include "worker/link_asio.hpp"
 #include "worker/trainer.hpp"
 #include "worker/worker.hpp"
