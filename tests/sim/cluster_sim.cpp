@@ -118,6 +118,13 @@ using process_ptr = std::shared_ptr<process>;
 class cluster {
  public:
   cluster(std::uint64_t seed, bool is_loud) : random_(seed), is_loud_(is_loud) { set_up(seed); }
+  cluster(const cluster&) = delete;
+  ~cluster() {
+    for (auto& [id, p] : by_id_) {  // a process and its channel know each other
+      p->channel = nullptr;
+      p->deferred.clear();
+    }
+  }
   outcome run();
 
  private:
@@ -134,6 +141,12 @@ class cluster {
     queue_.push({std::max(time, now_), order_++, std::move(what)});
   }
   void in(us delay, std::function<void()> what) { at(now_ + delay, std::move(what)); }
+  /// Again and again, from `first` from now, until it says false.
+  void every(us first, us period, std::function<bool()> what) {
+    in(first, [this, period, what = std::move(what)] {
+      if (what()) every(period, period, what);
+    });
+  }
   /// Runs on a process: not if it is dead, later if it is frozen.
   void on(const process_ptr& p, us delay, std::function<void()> what) {
     in(delay, [this, p, what = std::move(what)] { on_now(p, what); });
@@ -294,19 +307,16 @@ void cluster::set_up(std::uint64_t seed) {
   start_coordinator();
   const int jobs = static_cast<int>(draw(1, 3));
   for (int i = 0; i < jobs; ++i) {
-    in(delay(0, 5 * second), [this, i, spec = make_spec(i)] {
+    in(delay(0, 5 * second), [this, spec = make_spec(i)] {
       // A client tries until it is answered; by name, so a second try is a conflict and not a
       // second job.
-      auto attempt = std::make_shared<std::function<void()>>();
-      *attempt = [this, spec, attempt] {
-        bool is_known = false;
-        for (const auto& [id, known] : specs_) is_known = is_known || known.name == spec.name;
-        if (is_known) return;
+      every(0, 300 * ms, [this, spec] {
+        for (const auto& [id, known] : specs_) {
+          if (known.name == spec.name) return false;
+        }
         if (coordinator_) tell(events::submit_job{spec, "", reply_id{1}});
-        in(300 * ms, *attempt);
-      };
-      (*attempt)();
-      (void)i;
+        return true;
+      });
     });
   }
   in(500 * ms, [this] { faults(); });
@@ -381,16 +391,12 @@ void cluster::start_process(const std::string& name) {
   by_id_[p->id] = p;
   say("{} starts, process {}", name, p->id.substr(28));
   dial(p);
-  auto tick = std::make_shared<std::function<void()>>();
-  *tick = [this, p, tick] {
-    if (!p->is_alive) return;
-    if (!p->is_frozen) {
-      const std::uint64_t step = p->trainer.has_state ? p->trainer.step : 0;
-      step_worker(p, worker_events::tick{now_ / ms, step});
-    }
-    in(100 * ms, *tick);
-  };
-  in(delay(0, 100 * ms), *tick);
+  every(delay(0, 100 * ms), 100 * ms, [this, p] {
+    if (!p->is_alive) return false;
+    const std::uint64_t step = p->trainer.has_state ? p->trainer.step : 0;
+    if (!p->is_frozen) step_worker(p, worker_events::tick{now_ / ms, step});
+    return true;
+  });
 }
 
 // ---- coordinator ----
@@ -402,13 +408,11 @@ void cluster::start_coordinator() {
   coordinator_ = std::make_unique<cluster_machine>(std::move(restored));
   say("coordinator starts, incarnation {}", coordinator_->incarnation());
   for (action& a : coordinator_->start()) todo_.push_back(std::move(a));
-  auto tick = std::make_shared<std::function<void()>>();
-  *tick = [this, mine, tick] {
-    if (incarnation_ != mine || !coordinator_) return;
+  every(0, 100 * ms, [this, mine] {
+    if (incarnation_ != mine || !coordinator_) return false;
     tell(events::tick{now_ / ms, now_ / ms});
-    in(100 * ms, *tick);
-  };
-  in(0, *tick);
+    return true;
+  });
   pump();
 }
 
@@ -1044,8 +1048,7 @@ void cluster::faults() {
       tell(events::undrain_worker{name, reply_id{}});
     }
     // Who operates the cluster goes on until everything runs.
-    auto mend = std::make_shared<std::function<void()>>();
-    *mend = [this, mend] {
+    every(second, 5 * second, [this] {
       if (coordinator_) {
         for (const worker_view& w : coordinator_->workers()) {
           if (w.state == "DRAINED" || w.state == "DRAINING")
@@ -1056,9 +1059,8 @@ void cluster::faults() {
             tell(events::resume_job{j.id, reply_id{}});
         }
       }
-      in(5 * second, *mend);
-    };
-    in(second, *mend);
+      return true;
+    });
     return;
   }
   constexpr double period = 0.1;
