@@ -294,11 +294,13 @@ exit_code show_status(const global_flags& flags, const api_client& api, const st
                 age_since(c.value("unix_ms", std::int64_t{0})).c_str(), plain(c, "parts").c_str(),
                 format_bytes(number(c, "bytes", 0)).c_str(), plain(c, "state").c_str());
   }
-  std::printf(
-      "Safe      survives %s more losses without redoing a step   generation %s   hash %s at %s\n",
-      plain(v, "survives_losses").c_str(), plain(v, "generation").c_str(),
-      plain(v, "weights_hash").c_str(), plain(v, "hash_step").c_str());
-  if (v.contains("plan") && v["plan"].is_object() && v["plan"].contains("members")) {
+  if (!is_end_state(plain(v, "state")))
+    std::printf("Safe      survives %s more losses without redoing a step   generation %s\n",
+                plain(v, "survives_losses").c_str(), plain(v, "generation").c_str());
+  std::printf("Hash      %s at step %s\n", plain(v, "weights_hash").c_str(),
+              plain(v, "hash_step").c_str());
+  if (v.contains("plan") && v["plan"].is_object() && v["plan"].contains("members") &&
+      !v["plan"]["members"].empty()) {
     const auto& p = v["plan"];
     std::printf("Layout    %s stages x %s replicas, %s\n", plain(p, "stages").c_str(),
                 plain(p, "replicas").c_str(), plain(p, "schedule").c_str());

@@ -272,12 +272,23 @@ class proof {
         },
         1min, 5ms);
     done.recovery_s = std::chrono::duration<double>(clock::now() - began).count();
+    // The workers hand in what they did meanwhile; it is all there once a later step is.
     int meanwhile = 0;
-    if (auto series = cluster.api().get("/jobs/" + job_id_ + "/series"))
-      for (const auto& s : (*series)["steps"]) {
-        const auto at = s.value("unix_ms", std::int64_t{0});
-        if (at > away_from && at < away_to) ++meanwhile;
-      }
+    wait_until(
+        [&] {
+          meanwhile = 0;
+          bool has_later = false;
+          auto series =
+              cluster.api().get("/jobs/" + job_id_ + "/series?from=" + std::to_string(before.step));
+          if (!series) return is_interrupted();
+          for (const auto& s : (*series)["steps"]) {
+            const auto at = s.value("unix_ms", std::int64_t{0});
+            if (at > away_from && at < away_to) ++meanwhile;
+            has_later = has_later || at >= away_to;
+          }
+          return has_later || is_interrupted();
+        },
+        10s, 20ms);
     done.note = is_back ? fmt::format("{} steps committed in the {:.1f} s that it was away",
                                       meanwhile, static_cast<double>(away_to - away_from) / 1e3)
                         : "NOT BACK within 1 min";
