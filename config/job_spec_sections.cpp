@@ -693,6 +693,11 @@ void spec_reader::read_checkpoint(section& top) {
   finish(keep);
   read_path(s, "store", c.store);
   read_choice(s, "placement", c.placement, {"shared", "two"});
+  if (c.placement == "two") {
+    report(place_of({"checkpoint.placement"}), "E004", "checkpoint.placement",
+           "placement two (each part on two workers' own disks) is not in this version",
+           "placement: shared, with a store folder that all workers reach");
+  }
   refuse(s, "async", {}, "remove async");
   finish(s);
 }

@@ -266,16 +266,14 @@ std::int64_t kept_floats(const job_spec& spec, int unit) {
   const std::int64_t rows = spec.batch.micro_sequences * spec.batch.sequence_tokens;
   const std::int64_t c = m.d_model;
   const std::int64_t f = m.d_ff;
-  if (unit == 0) return rows * (1 + c);  // token ids; output gradient until backward_weight
-  // Input, norm output, logits (later their gradient), norm's mean and 1/std, target ids, and per
-  // vocabulary block (at most 8) maximum and sum of exponentials.
-  if (unit == unit_count(m) - 1) return rows * (2 * c + m.vocab_size + 2 + 1 + 16);
-  // Input, ln_1 out, qkv (3), attention out, residual after attention, ln_2 out: 8 C; c_fc out and
-  // gelu out: 2 F; both norms' mean and 1/std: 4; log-sum-exp per head.
-  const std::int64_t forward = 8 * c + 2 * f + 4 + m.n_head;
-  // Output gradients of the four linears, kept from backward_input to backward_weight.
-  const std::int64_t backward = 3 * c + c + f + c;
-  return rows * (forward + backward);
+  if (unit == 0) return rows;  // token ids
+  // Input, norm output, its gradient and the input's; the norm's mean and 1/std; logits, which
+  // become their own gradient, with two statistics a row; target ids.
+  if (unit == unit_count(m) - 1) return rows * (4 * c + m.vocab_size + 4 + 1);
+  // Input, ln_1 out, qkv (3), attention out, residual after attention, ln_2 out and the residual's
+  // gradient: 9 C. c_fc out (reused for two gradients, so at least 4 C), gelu out, c_fc's output
+  // gradient. Both norms' mean and 1/std, log-sum-exp per head.
+  return rows * (9 * c + std::max(f, 4 * c) + 2 * f + 4 + m.n_head);
 }
 
 }  // namespace
@@ -415,6 +413,9 @@ stage_memory predict_memory(const job_spec& spec, const layout& shape, int stage
                                 : std::min<std::int64_t>(shape.stage_count - stage, microbatches);
   std::int64_t kept = 0;
   for (int unit = unit_begin; unit < unit_end; ++unit) kept += kept_floats(spec, unit);
+  // A stage without the head keeps the gradient that its neighbour sent.
+  if (!sizes.has_head)
+    kept += spec.batch.micro_sequences * spec.batch.sequence_tokens * spec.model.d_model;
   memory.activations = float_bytes * live * kept;
 
   // Links: an activation and a gradient buffer per neighbour, twice, since one is filled while the

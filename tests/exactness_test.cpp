@@ -120,3 +120,21 @@ TEST_CASE("a stage whose step was dropped in the middle runs the next one with t
   CHECK(run_in_process(spec, make_layout(spec, 2, 1, "gpipe"), 1, "cpu", 5).state_hash ==
         alone().state_hash);
 }
+
+TEST_CASE("a stage allocates what the plan predicted for it") {
+  job_spec spec = small_job();
+  spec.model.vocab_size = 3000;
+  for (const auto& [stages, schedule] : {std::pair{1, "1f1b"}, {3, "1f1b"}, {2, "gpipe"}}) {
+    const layout shape = make_layout(spec, stages, 1, schedule);
+    for (int s = 0; s < stages; ++s) {
+      const stage_memory predicted = predict_memory(spec, shape, s, 0);
+      const double allocated = static_cast<double>(allocated_by_stage(spec, shape, s));
+      const double expected =
+          static_cast<double>(predicted.weights + predicted.optimizer + predicted.activations);
+      CAPTURE(stages);
+      CAPTURE(s);
+      CHECK(allocated ==
+            doctest::Approx(expected).epsilon(0.03));  // arrays are rounded up to 64 bytes
+    }
+  }
+}

@@ -298,6 +298,7 @@ TEST_CASE("contradictions are found, each with its own code") {
   CHECK(code_of("parallelism.layers=[2, 0, 2]") == "E203");
   CHECK(code_of("parallelism={mode: auto, stages: 2}") == "E204");
   CHECK(codes(small, {"parallelism.stages=4", "elasticity.workers=2..3"}) == "E205");
+  CHECK(code_of("checkpoint.placement=two") == "E004");
   CHECK(code_of("elasticity.workers=0") == "E102");
   CHECK(code_of("elasticity.workers=4..100000") == "E102");
   CHECK(code_of("stop.steps=0") == "E102");

@@ -62,6 +62,17 @@ layout make_layout(const job_spec& spec, int stages, int replicas, const std::st
   return shape;
 }
 
+std::int64_t allocated_by_stage(const job_spec& spec, const layout& shape, int stage_index) {
+  plan p;
+  p.shape = shape;
+  p.members.resize(static_cast<std::size_t>(shape.worker_count()));
+  auto device = make_cpu_backend(1);
+  const stage model(spec.model, spec.batch, shape.unit_cuts[stage_index],
+                    shape.unit_cuts[stage_index + 1], *step_runner::slots(spec, p, stage_index),
+                    *device);
+  return model.allocated_bytes();
+}
+
 run_outcome run_in_process(const job_spec& spec, const layout& shape, int threads,
                            const std::string& backend_name, std::int64_t drop_at) {
   plan p;

@@ -29,6 +29,9 @@ job_spec small_job();
 run_outcome run_in_process(const job_spec& spec, const layout& shape, int threads,
                            const std::string& backend_name = "cpu", std::int64_t drop_at = 0);
 
+/// Bytes that a stage of this layout takes: parameters, moments, activation slots.
+std::int64_t allocated_by_stage(const job_spec& spec, const layout& shape, int stage_index);
+
 /// A layout with the partition functions of model/plan.hpp.
 layout make_layout(const job_spec& spec, int stages, int replicas, const std::string& schedule);
 

@@ -268,7 +268,8 @@ struct trainer::implementation {
     r.step = state_step;
     r.weights_hash = to_string(model->weights_hash(model->has_embedding()));
     set_phase(worker_phase::ready, r.job, r.generation, r.plan_hash);
-    log_memory(us_since(began));
+    load_us = us_since(began);
+    is_memory_shown = false;
     save_first = save_at_start;
     options.emit(r);
   }
@@ -513,7 +514,8 @@ struct trainer::implementation {
     return ok();
   }
 
-  void log_memory(std::int64_t load_us) {
+  // After the first step of a generation, when the gradient buffers are there too.
+  void log_memory() {
     const stage_memory predicted =
         predict_memory(spec, shape.shape, shape.stage_of(my_rank), shape.replica_of(my_rank));
     log_line line;
@@ -521,14 +523,15 @@ struct trainer::implementation {
     line.unix_ms = unix_ms();
     line.level = "info";
     line.text = fmt::format(
-        "generation {}: {} runs stage {} of replica {} (units {}..{}), state of step {}; memory "
+        "generation {}: {} runs stage {} of replica {} (units {}..{}), began at step {}; memory "
         "predicted "
         "{:.1f} MB, allocated {:.1f} MB; loaded in {:.1f} ms",
         shape.generation, options.name, shape.stage_of(my_rank), shape.replica_of(my_rank),
-        units_first, units_last - 1, state_step, static_cast<double>(predicted.total()) / 1e6,
+        units_first, units_last - 1, state_step - 1, static_cast<double>(predicted.total()) / 1e6,
         static_cast<double>(model->allocated_bytes() + runner->allocated_bytes()) / 1e6,
         static_cast<double>(load_us) / 1e3);
     options.emit(line);
+    is_memory_shown = true;
   }
 
   // ---- run
@@ -559,6 +562,7 @@ struct trainer::implementation {
       if (!vote || data_problem) return on_broken(vote ? *data_problem : vote.err());
       apply_vote(*vote);
       report_step(*vote);
+      if (!is_memory_shown) log_memory();
       if (vote->orders & order_bit(order_kind::evaluate)) {
         if (!evaluate()) return;
       }
@@ -824,7 +828,8 @@ struct trainer::implementation {
   job_spec spec;
   plan shape;
   int my_rank = 0, units_first = 0, units_last = 0, slot_count = 0;
-  bool has_state = false, save_at_start = false, save_first = false;
+  bool has_state = false, save_at_start = false, save_first = false, is_memory_shown = false;
+  std::int64_t load_us = 0;
   std::uint64_t state_step = 0, state_chain = 0;
   std::optional<vote_result> last_vote;
   std::shared_ptr<const token_source> train_source, valid_source;
