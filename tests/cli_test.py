@@ -425,6 +425,34 @@ def test_run():
     expect("no store there: exit 5", run("hash", "small", "--state", ROOT / "pki"), 5)
 
 
+def test_interrupt():
+    """Ctrl-C saves and stops; the same command goes on; so it does after everything was killed."""
+    job = job_file("broken", steps=400)
+    calm = run("train", job, "--workers", "1", "--state", ROOT / "calm", "-q").out.strip()
+    again = ("train", job, "--workers", "2", "--state", ROOT / "stop")
+    for how in (signal.SIGINT, signal.SIGKILL):
+        child = start(*again, log="stop.log")
+        said = lambda: (ROOT / "stop.log").read_text().count("| loss")
+        before = said() if (ROOT / "stop.log").exists() else 0
+        until(lambda: said() > before + 2, 20, "it trains")
+        child.send_signal(how)
+        code = child.wait(timeout=30)
+        time.sleep(0.3)  # the children of a killed parent end a moment later
+        if how == signal.SIGINT:
+            check(code == 130 and "goes on from there" in (ROOT / "stop.log").read_text(), "Ctrl-C: exit 130, and words",
+                  code)
+    ran = run(*again)
+    check(ran.code == 0 and "goes on (it was" in ran.out and calm and calm in ran.out,
+          "after Ctrl-C and kill -9 of everything: the same command, the same hash", f"{calm}\n{ran}")
+    child = start(*again, log="other.log")
+    until(lambda: (ROOT / "other.log").exists() and "| loss" in (ROOT / "other.log").read_text(), 20, "it trains again")
+    child.kill()
+    child.wait()
+    time.sleep(0.3)
+    expect("another job under an unfinished one's name is refused: exit 6", run(*again, "--set", "optimizer.lr=0.1"), 6,
+           "not this one")
+
+
 def test_cluster():
     """A coordinator and a worker by hand: tables, words and codes of a live cluster."""
     port_file = ROOT / "port"
@@ -481,7 +509,7 @@ def test_cluster():
 def main():
     make_text(ROOT / "text.txt")
     tests = [test_help, test_usage, test_unreachable, test_job_files, test_init_and_plan, test_version, test_data,
-             test_certs, test_run, test_cluster]
+             test_certs, test_run, test_interrupt, test_cluster]
     chosen = sys.argv[2:]
     for test in tests:
         if chosen and test.__name__[5:] not in chosen:

@@ -19,6 +19,11 @@ std::string text_of(const nlohmann::json& j, const char* key) {
   return at != j.end() && at->is_string() ? at->get<std::string>() : std::string();
 }
 
+std::string loss_text(const nlohmann::json& view) {
+  const double loss = number(view, "loss", std::nan(""));
+  return std::isnan(loss) ? "-" : fmt::format("{:.4f}", loss);
+}
+
 // The form that users of other trainers already parse: step, loss, norm, lr, speed, time.
 std::string step_line(const nlohmann::json& step, std::int64_t steps) {
   const auto loss = step.contains("loss") && step["loss"].is_number()
@@ -121,8 +126,7 @@ follow_outcome follow_job(const global_flags& flags, const api_client& api, cons
           bar[i] = '#';
         std::printf("\r\033[K%s %s %lld/%lld  loss %s  ETA %s", text_of(*view, "state").c_str(),
                     ("[" + bar + "]").c_str(), static_cast<long long>(number(*view, "step")),
-                    static_cast<long long>(steps),
-                    fmt::format("{:.4f}", number(*view, "loss", std::nan(""))).c_str(),
+                    static_cast<long long>(steps), loss_text(*view).c_str(),
                     format_duration(number(*view, "eta_s", -1)).c_str());
       }
       std::fflush(stdout);

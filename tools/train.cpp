@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <thread>
 
+#include "config/job_spec_yaml.hpp"
 #include "tools/command.hpp"
 #include "tools/follow.hpp"
 #include "tools/job_file.hpp"
@@ -24,6 +25,58 @@ int threads_each(int asked, int workers) {
   return std::max(1, cores / std::max(1, workers));
 }
 
+// What decides the bits; sizes and hashes of files are filled in at submit, and where a job runs
+// may change.
+job_spec what_is_trained(job_spec s) {
+  for (auto* files : {&s.data.train, &s.data.valid})
+    for (data_file& f : *files) {
+      f.bytes = 0;
+      f.hash.clear();
+    }
+  s.data.tokenizer_hash.clear();
+  s.priority = 0;
+  s.parallelism = {};
+  s.elasticity = {};
+  s.checkpoint = {};
+  s.log_every_steps = 0;
+  return s;
+}
+
+// A run that was interrupted, or whose every process died, left its job unfinished in the store:
+// the same command goes on with it. Empty: there is none; nullopt: complained.
+std::optional<std::string> find_unfinished(const global_flags& flags, const api_client& api,
+                                           const job_file& job, int workers, exit_code& code) {
+  auto view = api.get("/jobs/" + job.spec.name);
+  if (!view || is_end_state(view->value("state", ""))) return std::string();
+  const std::string state = view->value("state", "");
+  auto stored = parse_job_spec(view->value("resolved_yaml", ""), "stored job");
+  if (!stored.spec || what_is_trained(*stored.spec) != what_is_trained(job.spec)) {
+    code = complain(flags, make_error(errc::conflict,
+                                      "the store has a job {} that is {} and not this one. fix: "
+                                      "another name, or another --state",
+                                      job.spec.name, state));
+    return std::nullopt;
+  }
+  const auto& range = stored.spec->elasticity;
+  if (workers < range.workers_min || workers > range.workers_max) {
+    code = complain(
+        flags, make_error(errc::conflict,
+                          "job {} was started for {} to {} workers. fix: --workers in that range",
+                          job.spec.name, range.workers_min, range.workers_max));
+    return std::nullopt;
+  }
+  const std::string id = view->value("id", "");
+  if (!flags.quiet && !flags.is_json())
+    std::printf("job/%s goes on (it was %s at step %lld)\n", job.spec.name.c_str(), state.c_str(),
+                static_cast<long long>(view->value("step", std::int64_t{0})));
+  if (state == "PAUSED")
+    if (auto resumed = api.post("/jobs/" + id + "/resume", nlohmann::json::object()); !resumed) {
+      code = complain(flags, resumed.err());
+      return std::nullopt;
+    }
+  return id;
+}
+
 exit_code run_train(const global_flags& flags, const train_flags& own) {
   watch_interrupts();
   exit_code code = exit_code::success;
@@ -36,9 +89,11 @@ exit_code run_train(const global_flags& flags, const train_flags& own) {
 
   local_cluster cluster({own.state, "127.0.0.1:0", threads_each(own.threads, workers), own.isa});
   if (auto started = cluster.start_coordinator(); !started) return complain(flags, started.err());
+  auto id = find_unfinished(flags, cluster.api(), *job, workers, code);
+  if (!id) return code;
   for (int i = 0; i < workers; ++i)
     if (auto started = cluster.start_worker(); !started) return complain(flags, started.err());
-  auto id = submit_job_file(flags, cluster.api(), *job, code);
+  if (id->empty()) id = submit_job_file(flags, cluster.api(), *job, code);
   if (!id) return code;
   const bool quiet = flags.quiet || flags.is_json();
   if (!quiet)
@@ -50,13 +105,16 @@ exit_code run_train(const global_flags& flags, const train_flags& own) {
   if (end.code == exit_code::interrupted) {
     std::fprintf(stderr, "interrupted: saving a checkpoint and stopping (Ctrl-C again: at once)\n");
     clear_interrupt();
-    (void)cluster.api().post("/jobs/" + *id + "/cancel", {{"now", false}});
+    (void)cluster.api().post("/jobs/" + *id + "/pause", nlohmann::json::object());
     wait_until(
         [&] {
           auto view = cluster.api().get("/jobs/" + *id);
-          return is_interrupted() || !view || is_end_state(view->value("state", ""));
+          if (view) end.job = *view;
+          const std::string state = view ? view->value("state", "") : "";
+          return is_interrupted() || !view || state == "PAUSED" || is_end_state(state);
         },
         std::chrono::seconds(60));
+    if (!flags.quiet) std::fprintf(stderr, "the same command goes on from there\n");
   }
   cluster.stop();
   if (flags.is_json()) {
