@@ -90,6 +90,12 @@ void cluster_machine::attach(connection_id connection, const hello& greeting) {
                               limits::name_bytes_max),
                   true);
   }
+  // It is printed in tables and logs, and a terminal obeys control characters.
+  if (std::any_of(greeting.name.begin(), greeting.name.end(), [](char c) {
+        return static_cast<unsigned char>(c) <= 0x20 || static_cast<unsigned char>(c) == 0x7f;
+      })) {
+    return refuse(connection, "a worker's name has no spaces and no control characters", true);
+  }
   worker* known = by_name(greeting.name);
   if (known != nullptr && known->record.process != greeting.process) {
     if (known->connection != connection_id{}) {

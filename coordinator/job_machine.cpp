@@ -336,9 +336,9 @@ void job_machine::said(member& m, const failed& x) {
   refused_[worker] = x.message;
   note("worker_refused", x.message, {{"worker", m.facts.name}}, "error");
   send(worker, stop_stage{value(id()), "failed at this job"});
-  if (!count_failure(x.message)) return;
+  const std::string why = fmt::format("{} failed: {}", m.facts.name, x.message);
   release(worker, x.message);
-  fail_generation(fmt::format("{} failed: {}", fmt::format("w-{}", value(worker)), x.message));
+  fail_generation(why);
 }
 
 void job_machine::said(member& m, const progress& x) {

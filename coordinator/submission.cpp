@@ -85,6 +85,47 @@ void check_init(const submission_request& request, job_spec& spec,
   compare("d_ff", spec.model.d_ff, c.n_inner > 0 ? c.n_inner : 4 * c.n_embd);
 }
 
+/// What a worker would refuse only when the job starts: ids that the model does not have, and less
+/// text than one sample.
+void check_tokens(const submission_request& request, const job_spec& spec,
+                  std::vector<spec_problem>& problems) {
+  std::int64_t total = 0;
+  bool is_counted = true;
+  const auto check = [&](const data_file& file, const std::string& where, bool is_train) {
+    // To count a SentencePiece text is to encode it all; its ids are the tokenizer's.
+    if (file.format == "text" && spec.data.tokenizer != "bytes") {
+      is_counted = false;
+      return;
+    }
+    auto seen = inspect_data(file.path, file.format);
+    if (!seen) {
+      problems.push_back(problem_at(request, "E301", where, seen.err().message, {}, file.path));
+      return;
+    }
+    if (is_train) total += seen->layout.count;
+    if (seen->max_token < spec.model.vocab_size) return;
+    problems.push_back(problem_at(
+        request, "E303", where,
+        fmt::format("{}: token id {} at position {} is outside the vocabulary of {}", file.path,
+                    seen->max_token, seen->max_position, spec.model.vocab_size),
+        fmt::format("model.vocab_size: {} or more, or another file", seen->max_token + 1),
+        file.path));
+  };
+  for (std::size_t i = 0; i < spec.data.train.size(); ++i)
+    check(spec.data.train[i], fmt::format("data.train.{}.path", i), true);
+  for (std::size_t i = 0; i < spec.data.valid.size(); ++i)
+    check(spec.data.valid[i], fmt::format("data.valid.{}.path", i), false);
+  if (!problems.empty() || !is_counted) return;
+  if (spec.data.valid.empty())
+    total -= static_cast<std::int64_t>(static_cast<double>(total) * spec.data.valid_fraction);
+  if (total <= spec.batch.sequence_tokens)
+    problems.push_back(
+        problem_at(request, "E303", "data.train",
+                   fmt::format("{} holds {} tokens to train on; one sample needs {}",
+                               spec.data.train[0].path, total, spec.batch.sequence_tokens + 1),
+                   "more text, or a smaller batch.sequence", spec.data.train[0].path));
+}
+
 void check_files(const submission_request& request, job_spec& spec,
                  std::vector<spec_problem>& problems) {
   auto& data = spec.data;
@@ -105,6 +146,7 @@ void check_files(const submission_request& request, job_spec& spec,
   if (problems.size() > before) return;
   if (auto resolved = resolve_data_files(data); !resolved)
     problems.push_back(problem_at(request, "E301", "data", resolved.err().message, {}, "data:"));
+  if (problems.size() == before) check_tokens(request, spec, problems);
 }
 
 void check_space(const job_spec& spec, const state_paths& paths,
