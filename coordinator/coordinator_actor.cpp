@@ -597,7 +597,8 @@ class whole_coordinator final : public coordinator {
           to,
           mail::asked{std::make_shared<const question>(question{std::move(r), std::move(reply)})});
     };
-    on.on_open = [](connection_id, const gateway_peer& peer) {
+    on.on_open = [this](connection_id id, const gateway_peer& peer) {
+      if (peer.is_tls) certified_names_[value(id)] = peer.name;
       log_event(level::debug, "control_opened", {{"peer", peer.address}, {"name", peer.name}});
     };
     on.on_message = [this, to = actor_](connection_id id, const std::string& text) {
@@ -609,12 +610,16 @@ class whole_coordinator final : public coordinator {
         world_.port->close(id, 1008, "bad message: " + message.err().message);
         return;
       }
+      if (const auto* greeting = std::get_if<hello>(&*message);
+          greeting != nullptr && !may_be_called(id, *greeting))
+        return;
       tell(to, std::holds_alternative<hello>(*message)
                    ? event(events::worker_attached{id, std::get<hello>(*message)})
                    : event(events::worker_said{id, std::move(*message)}));
     };
     on.on_close = [this, to = actor_](connection_id id, const std::string& why) {
       world_.port_is_open.wait();
+      certified_names_.erase(value(id));
       tell(to, events::worker_detached{id, why});
     };
     auto opened = gateway::start(p, std::move(on));
@@ -628,6 +633,20 @@ class whole_coordinator final : public coordinator {
     return ok();
   }
 
+  /// Under TLS a worker's name is its certificate's: one worker can't take another's place, and its
+  /// links, which are checked against the plan's names, will stand. Gateway's thread.
+  bool may_be_called(connection_id id, const hello& greeting) {
+    const auto certified = certified_names_.find(value(id));
+    if (certified == certified_names_.end() || certified->second == greeting.name) return true;
+    const auto why = fmt::format(
+        "worker {} on {} shows the certificate of {}. fix: --name {}, or a certificate for {}",
+        greeting.name, greeting.host, certified->second, certified->second, greeting.name);
+    log_event(level::warn, "worker_refused", {{"text", why}});
+    world_.port->send(id, encode(to_worker(refused{why, true})));
+    world_.port->close(id, 1008, why);
+    return false;
+  }
+
   static void tell(const caf::actor& to, event e) {
     caf::anon_send(to, mail::told{std::make_shared<const event>(std::move(e))});
   }
@@ -637,6 +656,7 @@ class whole_coordinator final : public coordinator {
   std::unique_ptr<caf::actor_system> system_;
   caf::actor actor_;
   std::unique_ptr<ticker> ticker_;
+  std::map<std::uint64_t, std::string> certified_names_;  // of open channels; gateway's thread
   std::vector<std::string> store_notes_;
   std::uint64_t incarnation_ = 0;
   bool is_stopped_ = false;

@@ -433,15 +433,15 @@ class http_session final : public http_session_base {
   }
 
   void refuse_with(int status, const std::string& code, const std::string& message) {
-    refuse_with(error_response(status, code, message), message);
+    refuse_with(error_response(status, code, message));
   }
 
-  void refuse_with(http_response response, const std::string& why = {}) {
+  void refuse_with(http_response response) {
+    const std::string why = refusal_text(response);
     const std::string asked =
         head_.method.empty() ? std::string("?") : head_.method + " " + head_.target.substr(0, 200);
-    core_.log_refused(
-        "request_refused", peer_,
-        fmt::format("status {} to {}{}{}", response.status, asked, why.empty() ? "" : ": ", why));
+    core_.log_refused("request_refused", peer_,
+                      fmt::format("status {} to {}: {}", response.status, asked, why));
     respond(std::move(response), true);
   }
 

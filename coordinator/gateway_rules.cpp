@@ -87,6 +87,12 @@ http_response error_response(int status, const std::string& code, const std::str
   return response;
 }
 
+std::string refusal_text(const http_response& response) {
+  const auto body = nlohmann::json::parse(response.body, nullptr, false);
+  if (!body.is_object() || !body.contains("error") || !body["error"].is_object()) return {};
+  return body["error"].value("message", std::string()).substr(0, 400);
+}
+
 std::optional<parsed_target> parse_target(std::string_view target) {
   if (target.empty() || target.front() != '/') return std::nullopt;
   target = target.substr(0, target.find('#'));
@@ -193,6 +199,11 @@ std::optional<http_response> refuse(const port_rules& rules, const request_head&
     if (peer.what == tls_role::worker && !is_control)
       return error_response(403, "unauthorised",
                             who + " may only open /control; the API needs role operator or reader");
+    // Who may change jobs may not pose as a machine: it would be sent weights, and its hashes
+    // taken.
+    if (peer.what == tls_role::operator_ && is_control)
+      return error_response(403, "unauthorised",
+                            who + " may not open /control; this needs role worker");
     if ((peer.what == tls_role::reader || peer.has_token) && (writes || is_control))
       return error_response(
           403, "unauthorised",

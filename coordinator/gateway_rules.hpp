@@ -42,6 +42,9 @@ std::string host_name_of(std::string_view host_header);
 std::optional<http_response> refuse(const port_rules& rules, const request_head& head,
                                     std::string_view path, gateway_peer& peer);
 
+/// The words of an error_response, for the log; empty for another body.
+std::string refusal_text(const http_response& response);
+
 /// The path that a control channel upgrades on.
 inline constexpr std::string_view control_path = "/control";
 
