@@ -290,8 +290,11 @@ result<bool> read_or_make_store_id(const fs::path& file, std::string& id) {
 }  // namespace
 
 result<opened_state> open_state(const fs::path& state) {
-  if (auto made = make_folders(state); !made) return made.err();
   std::error_code code;
+  if (fs::exists(state, code) && !fs::is_directory(state, code))
+    return make_error(errc::usage, "the state folder {} is a file. fix: --state with a folder",
+                      state.string());
+  if (auto made = make_folders(state); !made) return made.err();
   const auto absolute = fs::canonical(state, code);
   if (code) return make_error(errc::io, "{}: {}", state.string(), code.message());
 

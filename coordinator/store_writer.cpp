@@ -42,6 +42,14 @@ std::uint64_t store_writer::written_groups() const {
 
 void store_writer::run() {
   bool is_failing = false;
+  bool is_copy_behind = false;  // rows are in the store, and not in their second copies
+  const auto copy = [&](const std::vector<kv_write>& rows) {
+    auto copied = callbacks_.copy(rows);
+    is_copy_behind = !copied;
+    if (copied) return;
+    is_failing = true;  // until a later copy succeeds
+    if (callbacks_.on_problem) callbacks_.on_problem(copied.err());
+  };
   for (;;) {
     std::vector<kv_write> rows;
     std::vector<kv_write> synced_rows;
@@ -50,7 +58,16 @@ void store_writer::run() {
     bool is_last_try = false;
     {
       std::unique_lock guard(lock_);
-      changed_.wait(guard, [this] { return is_stopping_ || !queue_.empty(); });
+      const auto is_due = [this] { return is_stopping_ || !queue_.empty(); };
+      // A problem keeps new work out, so nobody may come whose write would show that it is over.
+      if (is_copy_behind && !changed_.wait_for(guard, options_.retry, is_due)) {
+        guard.unlock();
+        copy({});
+        if (!is_copy_behind && std::exchange(is_failing, false) && callbacks_.on_recovered)
+          callbacks_.on_recovered();
+        continue;
+      }
+      changed_.wait(guard, is_due);
       if (queue_.empty()) return;
       is_last_try = is_stopping_;
       // Copied and not moved: a write that fails is tried again, with what has come since.
@@ -74,14 +91,9 @@ void store_writer::run() {
       changed_.wait_for(guard, options_.retry, [this] { return is_stopping_; });
       continue;
     }
-    if (std::exchange(is_failing, false) && callbacks_.on_recovered) callbacks_.on_recovered();
-    if (callbacks_.copy && !synced_rows.empty()) {
-      auto copied = callbacks_.copy(synced_rows);
-      if (!copied) {
-        is_failing = true;  // until a later copy succeeds
-        if (callbacks_.on_problem) callbacks_.on_problem(copied.err());
-      }
-    }
+    if (callbacks_.copy && !synced_rows.empty()) copy(synced_rows);
+    if (!is_copy_behind && std::exchange(is_failing, false) && callbacks_.on_recovered)
+      callbacks_.on_recovered();
     {
       const std::lock_guard guard(lock_);
       queue_.erase(queue_.begin(), queue_.begin() + static_cast<std::ptrdiff_t>(taken));
