@@ -705,6 +705,8 @@ TEST_CASE("TLS: roles, tokens and wrong certificates") {
     CHECK(wait_until([&old] { return !old.refused().empty(); }));
     listener reader({.port = echo.port->port(), .tls = watcher});
     CHECK(wait_until([&reader] { return !reader.refused().empty(); }));
+    listener ann({.port = echo.port->port(), .tls = person});
+    CHECK(wait_until([&ann] { return !ann.refused().empty(); }));
     listener bare({.port = echo.port->port(), .tls = nothing});
     CHECK(wait_until([&bare] { return !bare.refused().empty(); }));
     CHECK(bare.refused()[0].find("401") != std::string::npos);

@@ -272,6 +272,9 @@ def group_input():
         for i, s in enumerate(slow):
             s.sendall(b"POST /api/v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"[:i * 3])
         slow_since = time.monotonic()
+        half = RawWorker(port)  # half a frame, and then nothing: no answer to a ping either
+        half.socket.sendall(bytes([0x81, 0x80 | 126]) + struct.pack(">H", 5000) + bytes(4) + b'{"type": "hel')
+        slow.append(half.socket)
         convoy = Convoy(cluster)
         link_port = link_port_of(cluster, "w1")
         slow_links = [connect(link_port) for _ in range(100)]  # more than the port keeps ungreeted
@@ -286,7 +289,7 @@ def group_input():
         input_full_disk(cluster, convoy)
 
         time.sleep(max(0.0, 12 - (time.monotonic() - slow_since)))
-        check(all(is_closed(s) for s in slow[1:]), "requests that never end are closed after their time")
+        check(all(is_closed(s) for s in slow[1:]), "requests and a message that never end are closed after their time")
         check(sum(is_closed(s) for s in slow_links) >= 30, "of 100 silent dialers of a link port the oldest are closed")
         convoy.finish()
         check(convoy.ended >= 1, f"the convoy: {convoy.ended} jobs")

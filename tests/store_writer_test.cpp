@@ -120,6 +120,28 @@ TEST_CASE("a full disk loses nothing: batches wait, are tried again, and only th
   CHECK(store.value("b") == "2");
 }
 
+TEST_CASE("a second copy that failed is tried again though nobody writes, and then all is well") {
+  slow_store store;
+  std::atomic<int> failures{3}, tries{0}, problems{0}, recoveries{0};
+  store_writer::callbacks on;
+  on.copy = [&](const std::vector<kv_write>&) -> result<void> {
+    ++tries;
+    if (failures-- > 0) return make_error(errc::disk_full, "no space");
+    return ok();
+  };
+  on.on_problem = [&](const error&) { ++problems; };
+  on.on_recovered = [&] { ++recoveries; };
+  store_writer::options how;
+  how.retry = 5ms;
+  store_writer writer(store, how, std::move(on));
+  (void)writer.write({kv_write::put("a", "1")}, true);
+  CHECK(soon([&] { return recoveries == 1; }));
+  std::this_thread::sleep_for(30ms);
+  CHECK(tries == 4);
+  CHECK(problems == 3);
+  CHECK(recoveries == 1);
+}
+
 TEST_CASE("the second copy gets synced rows only, before they count as durable") {
   slow_store store;
   std::vector<std::string> copied;
