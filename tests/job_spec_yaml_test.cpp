@@ -311,6 +311,7 @@ TEST_CASE("contradictions are found, each with its own code") {
   CHECK(code_of("elasticity.wait_for_min=10") == "E007");
   CHECK(code_of("elasticity.on_loss=replcae") == "E007");
   CHECK(code_of("optimizer.exact=yes") == "E007");
+  CHECK(code_of("optimizer.exact=false") == "E004");
   CHECK(code_of("model.init=somewhere") == "E007");
   CHECK(code_of("checkpoint.keep.last=0") == "E102");
 }
@@ -445,7 +446,7 @@ TEST_CASE("the resolved form parses back to the same spec") {
   specs.push_back(good(small, {"model.init=\"hf:/m o/d: x\"", "checkpoint.every=[3 steps, 1500ms]",
                                "parallelism={stages: 3, layers: [1, 3, 0], schedule: gpipe}",
                                "elasticity.workers=3..5", "resources.labels={\"a: b\": \"no\"}",
-                               "optimizer={lr: 0.1234567890123456, eps: 1e-300, exact: false}",
+                               "optimizer={lr: 0.1234567890123456, eps: 1e-300}",
                                "data.valid=v.txt", "eval={every: 3 steps, batches: 2}"}));
   for (const job_spec& s : specs) {
     const std::string text = write_job_spec_yaml(s);
