@@ -525,7 +525,9 @@ def input_processes(cluster, convoy):
            "a-file")
     with Mount("read-only", "1m") as folder:
         if folder is None:
-            say("skipped  a read-only state folder: no right to mount")
+            (ROOT / "locked").mkdir(mode=0o555)  # who may not mount is not root, so modes bind him
+            expect("a state folder without the right to write", coordinator("--state", str(ROOT / "locked"), "--listen",
+                                                                            "127.0.0.1:0"), 1, "locked", "denied")
         else:
             subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
             expect("a read-only state folder", coordinator("--state", folder, "--listen", "127.0.0.1:0"), 1, folder,
