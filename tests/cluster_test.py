@@ -7,11 +7,12 @@ Python's standard library only. Everything runs on loopback in a temporary folde
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
 sys.dont_write_bytecode = True
-from cluster import RANDOM, check, explicit, job_file, main, run, same
+from cluster import PROGRAM, RANDOM, ROOT, check, explicit, golden, job_file, main, run, same
 
 
 def group_matrix():
@@ -21,6 +22,10 @@ def group_matrix():
         n = stages * replicas
         path = job_file(f"m{stages}x{replicas}", 12, str(n), explicit(stages, replicas, schedule))
         same(run(f"matrix{i}", path, n), 12, f"{stages} stages x {replicas} replicas, {schedule}, {n} workers")
+    path = job_file("alone", 12, "1..4", explicit(2, 2))
+    alone = subprocess.run([PROGRAM, "train", path, "--workers", "1", "-q", "--state", str(ROOT / "alone")], text=True,
+                           stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    check(alone.stdout.strip() == golden(12), f"train --workers 1 of a 2 x 2 job: {alone.stdout.strip()} {alone.stderr}")
     environment = {"STAGECOACH_MAX_ISA": "avx2"}
     path = job_file("avx2", 12, "4", explicit(2, 2))
     same(run("avx2", path, 4, environment=environment), 12, "2 x 2 capped to AVX2, against its own value", environment)

@@ -84,7 +84,10 @@ exit_code run_train(const global_flags& flags, const train_flags& own) {
   if (!job) return code;
   const auto& range = job->spec.elasticity;
   const int workers = own.workers > 0 ? own.workers : range.workers_max;
-  if (workers < range.workers_min || workers > range.workers_max)
+  const auto& fixed = job->spec.parallelism;
+  // A fixed layout starts whole, so with fewer workers than it has places it would wait for ever.
+  if (workers < range.workers_min || workers > range.workers_max ||
+      (fixed.is_explicit && fixed.stages * fixed.replicas > workers))
     job = with_workers(std::move(*job), workers, workers);
 
   local_cluster cluster({own.state, "127.0.0.1:0", threads_each(own.threads, workers), own.isa});
