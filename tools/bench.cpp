@@ -40,12 +40,19 @@ struct bench_flags {
   int rounds = 5, threads = 2, kills = 20;
 };
 
+// NaN stands for "not measured" (an interrupted round); sorting it would be undefined.
+void drop_unmeasured(std::vector<double>& v) {
+  std::erase_if(v, [](double x) { return std::isnan(x); });
+}
+
 double median(std::vector<double> v) {
+  drop_unmeasured(v);
   if (v.empty()) return std::nan("");
   std::sort(v.begin(), v.end());
   return v.size() % 2 == 1 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
 }
 double quantile(std::vector<double> v, double q) {
+  drop_unmeasured(v);
   if (v.empty()) return std::nan("");
   std::sort(v.begin(), v.end());
   return v[std::min(v.size() - 1, static_cast<std::size_t>(q * static_cast<double>(v.size())))];
