@@ -81,6 +81,7 @@ struct parallelism_spec {
   int replicas = 0;
   std::string schedule = "1f1b";  // "gpipe" | "1f1b"
   std::vector<int> layers;        // optional: blocks per stage
+  bool shard_optimizer = false;   // ZeRO-1: each replica keeps the moments of its share only
   bool operator==(const parallelism_spec&) const = default;
 };
 
@@ -90,6 +91,8 @@ struct elasticity_spec {
   std::string on_loss = "replace";  // "replace" (spare, else shrink) | "shrink" | "wait"
   std::int64_t wait_for_min_ms = 600'000;
   int max_failures = 100;  // per hour; beyond it the job fails
+  int copies = 0;          // of each stage's state in a neighbour's memory, where no replica has it
+  bool patrol = false;     // an idle worker computes steps again and compares
   bool operator==(const elasticity_spec&) const = default;
 };
 

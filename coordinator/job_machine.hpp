@@ -371,6 +371,8 @@ class job_machine {
   void said(member& m, const peer_report& x);
   void said(member& m, const log_line& x);
   void said(member& m, const goodbye& x);
+  template <class T>
+  void said(member&, const T&) {}  // what this machine has no part in
 
   // Losses.
   void watch_members();

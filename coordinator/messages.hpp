@@ -46,6 +46,7 @@ struct vote_result {
   std::uint64_t orders = 0;              // order bits that act after this step, see order_kind
   std::vector<std::uint64_t> order_ids;  // the coordinator's ids among them
   std::uint64_t chain = 0;               // H(previous chain, step, loss, norm)
+  std::string weights_hash;  // of the whole model at step - 1, every few steps; else empty
   bool operator==(const vote_result&) const = default;
 };
 
@@ -54,6 +55,7 @@ enum class order_kind : int {
   evaluate = 1,
   hold = 2,  // stop after this step, keep everything, wait for resume or prepare
   stop = 3,  // as hold; the job ends here
+  feed = 4,  // from this step's end on state is copied in the background, see `feed`
 };
 inline constexpr std::uint64_t order_bit(order_kind kind) { return 1ull << static_cast<int>(kind); }
 
@@ -91,6 +93,7 @@ struct step_report {
   exact_double loss, norm, lr;
   bool skipped = false;
   std::uint64_t chain = 0;
+  std::string weights_hash;  // of the whole model at step - 1; empty where the vote has none
   std::int64_t step_us = 0;  // wall time since the previous step's end
   std::int64_t unix_ms = 0;
   bool operator==(const step_report&) const = default;
@@ -121,9 +124,16 @@ struct hello {
 };
 enum class worker_phase : int { idle = 0, prepared, loading, ready, running, held, finished };
 
+/// What the trainer's thread is at; how long it may stand still depends on it.
+enum class trainer_activity : int { idle = 0, compute, wait, load, save, evaluate };
+
 struct beat {
   std::uint64_t job = 0, generation = 0, step = 0;
   int phase = 0;
+  std::uint64_t op = 0;  // instructions done since the process started; stands still if stuck
+  int activity = 0;      // trainer_activity
+  std::uint64_t waits_for = 0;  // worker_id whose frame the trainer waits for; 0: none
+  std::int64_t leaf_us = 0;     // compute time of one leaf on its stage, lately; 0: not known
 };
 
 /// What a survivor (or an empty worker) answers to prepare.
@@ -191,6 +201,40 @@ struct log_line {  // shown by `stagecoach logs`
   std::string level, text;
 };
 
+/// After each welcome: the generation it is in, where a deputy and not the coordinator decided it.
+struct plan_report {
+  std::uint64_t job = 0;
+  plan shape;
+  source_kind source = source_kind::initial;
+  std::uint64_t step = 0, chain = 0;
+  std::string reason;
+  std::string decided_by;  // the deputy's name
+  std::int64_t unix_ms = 0;
+};
+
+struct feed_ready {  // the links of a feed stand
+  std::uint64_t job = 0, generation = 0, request = 0;
+};
+struct fed {  // all that the feed brings is here and keeps up; step: where it stands
+  std::uint64_t job = 0, generation = 0, request = 0, step = 0;
+};
+
+struct probed {  // answers probe
+  std::uint64_t job = 0, generation = 0;
+  std::uint64_t peer = 0;  // worker_id
+  std::string verdict;  // "alive" | "gone" (its port refuses, or another process has it) | "silent"
+  std::string why;
+};
+
+struct audited {  // answers audit
+  std::uint64_t job = 0, audit = 0;
+  bool is_identical = false;
+  bool is_done = true;               // false: could not be carried out, see text
+  std::uint64_t step = 0;            // first that differs, or the last that was compared
+  std::vector<std::string> tensors;  // that differ, where that could be told
+  std::string text;
+};
+
 struct goodbye {  // orderly end of a worker process
   std::string reason;
 };
@@ -210,6 +254,8 @@ struct refused {
 
 struct prepare {
   std::uint64_t job = 0, number = 0;
+  std::string decider{};        // process of the deputy that asks; empty: the coordinator
+  std::uint64_t wait_step = 0;  // a fed worker answers when its copy stands there; 0: at once
 };
 
 struct commit {
@@ -243,15 +289,50 @@ struct checkpoint_durable {  // frees the worker's copy; the newest durable step
   std::uint64_t job = 0, step = 0;
 };
 
+/// Copy state in the background while the generation runs. Every participant opens links of this
+/// feed and says feed_ready. From the step on in whose vote order_kind::feed rides with this
+/// request as its id, the sender of a transfer gives the tensor's state once, and after every later
+/// step the reduced gradient and the vote, with which the receiver replays the optimizer.
+struct feed {
+  std::uint64_t job = 0, generation = 0, plan_hash = 0, request = 0;
+  job_spec spec;
+  std::vector<plan_member> participants;   // members of the generation by rank, then joiners
+  std::vector<transfer_record> transfers;  // from_rank, to_rank: indices into participants
+  std::uint64_t step_bytes_max = 0;        // state that one sender gives per step, about
+};
+struct stop_feed {
+  std::uint64_t job = 0, request = 0;
+};
+
+struct probe {  // ask this worker's port whether it is there; answered by probed
+  std::uint64_t job = 0, generation = 0;
+  plan_member peer;
+};
+
+/// Compute steps again from a checkpoint and compare with the log; by a worker that has no job.
+struct audit {
+  std::uint64_t job = 0, audit = 0;
+  job_spec spec;
+  std::uint64_t step = 0, chain = 0;  // of the checkpoint
+  std::vector<part_record> parts;
+  std::vector<step_report> log;    // steps step + 1 .. of the run
+  std::vector<part_record> after;  // of the checkpoint at the last step, if there is one
+};
+struct stop_audit {
+  std::uint64_t audit = 0;
+};
+
 struct stop_stage {  // forget the job
   std::uint64_t job = 0;
   std::string reason;
 };
 
 using to_coordinator = std::variant<hello, beat, prepared, ready, failed, progress, evaluated,
-                                    part_saved, held, finished, peer_report, log_line, goodbye>;
-using to_worker = std::variant<welcome, refused, prepare, commit, run_stage, give_order,
-                               resume_stage, checkpoint_durable, stop_stage>;
+                                    part_saved, held, finished, peer_report, log_line, goodbye,
+                                    plan_report, feed_ready, fed, probed, audited>;
+using to_worker =
+    std::variant<welcome, refused, prepare, commit, run_stage, give_order, resume_stage,
+                 checkpoint_durable, stop_stage, feed, stop_feed, probe, audit, stop_audit>;
 
 // ---- field lists
 // ------------------------------------------------------------------------------------
@@ -265,7 +346,7 @@ using to_worker = std::variant<welcome, refused, prepare, commit, run_stage, giv
 STAGECOACH_FIELDS(vote_result, v("step", m.step), v("finite", m.finite), v("loss", m.loss),
                   v("norm", m.norm), v("lr", m.lr), v("bias1", m.bias1), v("bias2", m.bias2),
                   v("grad_scale", m.grad_scale), v("orders", m.orders), v("order_ids", m.order_ids),
-                  v("chain", m.chain))
+                  v("chain", m.chain), v("weights_hash", m.weights_hash))
 STAGECOACH_FIELDS(part_record, v("file", m.file), v("folder", m.folder), v("bytes", m.bytes),
                   v("root_hash", m.root_hash), v("tensors", m.tensors), v("host", m.host),
                   v("weights_hash", m.weights_hash), v("state_hash", m.state_hash))
@@ -273,7 +354,8 @@ STAGECOACH_FIELDS(transfer_record, v("tensor", m.tensor), v("from_rank", m.from_
                   v("to_rank", m.to_rank))
 STAGECOACH_FIELDS(step_report, v("step", m.step), v("loss", m.loss), v("norm", m.norm),
                   v("lr", m.lr), v("skipped", m.skipped), v("chain", m.chain),
-                  v("step_us", m.step_us), v("unix_ms", m.unix_ms))
+                  v("weights_hash", m.weights_hash), v("step_us", m.step_us),
+                  v("unix_ms", m.unix_ms))
 STAGECOACH_FIELDS(plan_member, v("worker", m.worker), v("process", m.process), v("name", m.name),
                   v("link_host", m.link_host), v("link_port", m.link_port))
 STAGECOACH_FIELDS(layout, v("stages", m.stage_count), v("replicas", m.replica_count),
@@ -300,10 +382,11 @@ STAGECOACH_FIELDS(optimizer_spec, v("lr", m.lr), v("beta1", m.beta1), v("beta2",
 STAGECOACH_FIELDS(schedule_spec, v("type", m.type), v("warmup_steps", m.warmup_steps),
                   v("decay_steps", m.decay_steps), v("min_lr", m.min_lr))
 STAGECOACH_FIELDS(parallelism_spec, v("explicit", m.is_explicit), v("stages", m.stages),
-                  v("replicas", m.replicas), v("schedule", m.schedule), v("layers", m.layers))
+                  v("replicas", m.replicas), v("schedule", m.schedule), v("layers", m.layers),
+                  v("shard_optimizer", m.shard_optimizer))
 STAGECOACH_FIELDS(elasticity_spec, v("workers_min", m.workers_min), v("workers_max", m.workers_max),
                   v("on_loss", m.on_loss), v("wait_for_min_ms", m.wait_for_min_ms),
-                  v("max_failures", m.max_failures))
+                  v("max_failures", m.max_failures), v("copies", m.copies), v("patrol", m.patrol))
 STAGECOACH_FIELDS(checkpoint_spec, v("every_steps", m.every_steps), v("every_ms", m.every_ms),
                   v("keep_last", m.keep_last), v("keep_every_steps", m.keep_every_steps),
                   v("store", m.store), v("placement", m.placement))
@@ -323,7 +406,8 @@ STAGECOACH_FIELDS(hello, v("protocol", m.protocol), v("name", m.name), v("proces
                   v("generation", m.generation), v("plan_hash", m.plan_hash), v("phase", m.phase),
                   v("step", m.step), v("promised", m.promised), v("version", m.version))
 STAGECOACH_FIELDS(beat, v("job", m.job), v("generation", m.generation), v("step", m.step),
-                  v("phase", m.phase))
+                  v("phase", m.phase), v("op", m.op), v("activity", m.activity),
+                  v("waits_for", m.waits_for), v("leaf_us", m.leaf_us))
 STAGECOACH_FIELDS(prepared, v("job", m.job), v("number", m.number), v("has_state", m.has_state),
                   v("step", m.step), v("chain", m.chain), v("tensors", m.tensors),
                   v("last_vote", m.last_vote), v("has_pending", m.has_pending))
@@ -350,7 +434,8 @@ STAGECOACH_FIELDS(goodbye, v("reason", m.reason))
 STAGECOACH_FIELDS(welcome, v("worker", m.worker), v("incarnation", m.incarnation),
                   v("beat_ms", m.beat_ms))
 STAGECOACH_FIELDS(refused, v("reason", m.reason), v("is_final", m.is_final))
-STAGECOACH_FIELDS(prepare, v("job", m.job), v("number", m.number))
+STAGECOACH_FIELDS(prepare, v("job", m.job), v("number", m.number), v("decider", m.decider),
+                  v("wait_step", m.wait_step))
 STAGECOACH_FIELDS(commit, v("plan", m.shape), v("spec", m.spec), v("source", m.source),
                   v("step", m.step), v("chain", m.chain), v("transfers", m.transfers),
                   v("roll_forward", m.roll_forward), v("parts", m.parts),
@@ -362,6 +447,26 @@ STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation), v(
 STAGECOACH_FIELDS(resume_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(checkpoint_durable, v("job", m.job), v("step", m.step))
 STAGECOACH_FIELDS(stop_stage, v("job", m.job), v("reason", m.reason))
+STAGECOACH_FIELDS(plan_report, v("job", m.job), v("plan", m.shape), v("source", m.source),
+                  v("step", m.step), v("chain", m.chain), v("reason", m.reason),
+                  v("decided_by", m.decided_by), v("unix_ms", m.unix_ms))
+STAGECOACH_FIELDS(feed_ready, v("job", m.job), v("generation", m.generation),
+                  v("request", m.request))
+STAGECOACH_FIELDS(fed, v("job", m.job), v("generation", m.generation), v("request", m.request),
+                  v("step", m.step))
+STAGECOACH_FIELDS(probed, v("job", m.job), v("generation", m.generation), v("peer", m.peer),
+                  v("verdict", m.verdict), v("why", m.why))
+STAGECOACH_FIELDS(audited, v("job", m.job), v("audit", m.audit), v("is_identical", m.is_identical),
+                  v("is_done", m.is_done), v("step", m.step), v("tensors", m.tensors),
+                  v("text", m.text))
+STAGECOACH_FIELDS(feed, v("job", m.job), v("generation", m.generation), v("plan_hash", m.plan_hash),
+                  v("request", m.request), v("spec", m.spec), v("participants", m.participants),
+                  v("transfers", m.transfers), v("step_bytes_max", m.step_bytes_max))
+STAGECOACH_FIELDS(stop_feed, v("job", m.job), v("request", m.request))
+STAGECOACH_FIELDS(probe, v("job", m.job), v("generation", m.generation), v("peer", m.peer))
+STAGECOACH_FIELDS(audit, v("job", m.job), v("audit", m.audit), v("spec", m.spec), v("step", m.step),
+                  v("chain", m.chain), v("parts", m.parts), v("log", m.log), v("after", m.after))
+STAGECOACH_FIELDS(stop_audit, v("audit", m.audit))
 
 #undef STAGECOACH_FIELDS
 

@@ -34,9 +34,20 @@ constexpr const char* name_of(tag<give_order>) { return "give_order"; }
 constexpr const char* name_of(tag<resume_stage>) { return "resume_stage"; }
 constexpr const char* name_of(tag<checkpoint_durable>) { return "checkpoint_durable"; }
 constexpr const char* name_of(tag<stop_stage>) { return "stop_stage"; }
+constexpr const char* name_of(tag<plan_report>) { return "plan_report"; }
+constexpr const char* name_of(tag<feed_ready>) { return "feed_ready"; }
+constexpr const char* name_of(tag<fed>) { return "fed"; }
+constexpr const char* name_of(tag<probed>) { return "probed"; }
+constexpr const char* name_of(tag<audited>) { return "audited"; }
+constexpr const char* name_of(tag<feed>) { return "feed"; }
+constexpr const char* name_of(tag<stop_feed>) { return "stop_feed"; }
+constexpr const char* name_of(tag<probe>) { return "probe"; }
+constexpr const char* name_of(tag<audit>) { return "audit"; }
+constexpr const char* name_of(tag<stop_audit>) { return "stop_audit"; }
 
 constexpr int worker_phase_count = static_cast<int>(worker_phase::finished) + 1;
-constexpr int order_kind_count = static_cast<int>(order_kind::stop) + 1;
+constexpr int order_kind_count = static_cast<int>(order_kind::feed) + 1;
+constexpr int activity_count = static_cast<int>(trainer_activity::evaluate) + 1;
 
 // ---- what a field list can't say: numbers that must fit each other ----
 std::string check_phase(int phase) {
@@ -93,7 +104,26 @@ std::string check(const T&) {
   return {};
 }
 std::string check(const hello& m) { return check_phase(m.phase); }
-std::string check(const beat& m) { return check_phase(m.phase); }
+std::string check(const beat& m) {
+  if (m.activity >= 0 && m.activity < activity_count) return check_phase(m.phase);
+  return fmt::format("activity: {} is not one of the {} known values", m.activity, activity_count);
+}
+std::string check(const plan_report& m) { return check(m.shape); }
+std::string check(const feed& m) {
+  const auto count = static_cast<int>(m.participants.size());
+  if (count < 2 || count > limits::worker_count_max) {
+    return fmt::format("participants: {} is not in [2, {}]", count, limits::worker_count_max);
+  }
+  for (const transfer_record& t : m.transfers) {
+    if (t.from_rank < 0 || t.from_rank >= count || t.to_rank < 0 || t.to_rank >= count ||
+        t.from_rank == t.to_rank) {
+      return fmt::format("transfers: {} goes from {} to {}; there are {} participants", t.tensor,
+                         t.from_rank, t.to_rank, count);
+    }
+  }
+  return check(m.spec.model);
+}
+std::string check(const audit& m) { return check(m.spec.model); }
 std::string check(const give_order& m) {
   if (m.kind >= 0 && m.kind < order_kind_count) return {};
   return fmt::format("kind: {} is not one of the {} known orders", m.kind, order_kind_count);

@@ -60,8 +60,8 @@ struct effects {
   void tell(const resume_stage& x) { training->resume(x); }
   void tell(const checkpoint_durable& x) { training->durable(x); }
   void tell(const stop_stage& x) { training->stop(x); }
-  void tell(const welcome&) {}
-  void tell(const refused&) {}
+  template <class T>
+  void tell(const T&) {}  // welcome, refused: the machine's own
 };
 
 struct actor_state {

@@ -107,6 +107,8 @@ class worker_machine {
   void told(const resume_stage& x);
   void told(const checkpoint_durable& x);
   void told(const stop_stage& x);
+  template <class T>
+  void told(const T&) {}  // what this machine has no part in
 
   void said(const prepared& x);
   void said(const ready& x);
