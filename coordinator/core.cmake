@@ -25,13 +25,3 @@ add_test(NAME coordinator COMMAND test_coordinator)
 add_executable(fuzz_wire ${CMAKE_SOURCE_DIR}/tests/fuzz/wire_fuzz.cpp)
 target_link_libraries(fuzz_wire PRIVATE sc_wire)
 add_test(NAME fuzz_wire COMMAND fuzz_wire)
-
-# The machines together under a seeded clock, network, store and disk.
-add_executable(test_sim ${CMAKE_SOURCE_DIR}/tests/sim/main.cpp ${CMAKE_SOURCE_DIR}/tests/sim/cluster_sim.cpp)
-target_link_libraries(test_sim PRIVATE sc_coordinator_core sc_worker_core)
-# The sanitizers cost the simulator a factor of ten, so their builds try fewer seeds.
-set(sim_seeds 300)
-if(STAGECOACH_SANITIZE)
-  set(sim_seeds 40)
-endif()
-add_test(NAME sim COMMAND test_sim --seed 1 --count ${sim_seeds})

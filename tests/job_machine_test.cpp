@@ -440,7 +440,7 @@ TEST_CASE("a hold that nobody remembers after a restart is let go") {
 TEST_CASE(
     "a member that missed the end of a hold is let go when it comes back, though another is "
     "ordered") {
-  // Found by: test_sim --seed=5610.
+  // Found by: stagecoach_sim --seed 5610.
   bench b(two_stages());
   b.start();
   b.progress_to(7);
@@ -577,7 +577,7 @@ TEST_CASE("without any usable checkpoint a job that had one pauses and says wher
 }
 
 TEST_CASE("a checkpoint that becomes durable while an older one is verified is looked for again") {
-  // Found by: test_sim --seed=1391.
+  // Found by: stagecoach_sim --seed 1391.
   bench b(two_stages());
   b.start();
   b.save_step(0, 1000);

@@ -1,0 +1,185 @@
+// One history: the production machines, and all that happens to them.
+//
+// The parts are apart by idea: coordinator_side (its shell), worker_side (a worker's shell),
+// toy_trainer, network, faults, oracle; cluster_sim.cpp sets up and runs.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <deque>
+#include <queue>
+#include <random>
+#include <tuple>
+#include <utility>
+
+#include "tests/sim/cluster_sim.hpp"
+#include "tests/sim/world.hpp"
+
+namespace stagecoach::sim {
+
+class cluster {
+ public:
+  cluster(std::uint64_t seed, bool is_loud) : random_(seed), is_loud_(is_loud) { set_up(seed); }
+  cluster(const cluster&) = delete;
+  ~cluster() {
+    for (auto& [id, p] : by_id_) {  // a process and its channel know each other
+      p->channel = nullptr;
+      p->deferred.clear();
+    }
+  }
+  outcome run();
+
+ private:
+  // ---- clock ----
+  struct entry {
+    us time;
+    std::uint64_t order;
+    std::function<void()> what;
+    bool operator<(const entry& other) const {
+      return std::tie(time, order) > std::tie(other.time, other.order);
+    }
+  };
+  void at(us time, std::function<void()> what) {
+    queue_.push({std::max(time, now_), order_++, std::move(what)});
+  }
+  void in(us delay, std::function<void()> what) { at(now_ + delay, std::move(what)); }
+  /// Again and again, from `first` from now, until it says false.
+  void every(us first, us period, std::function<bool()> what) {
+    in(first, [this, period, what = std::move(what)] {
+      if (what()) every(period, period, what);
+    });
+  }
+  /// Runs on a process: not if it is dead, later if it is frozen.
+  void on(const process_ptr& p, us delay, std::function<void()> what) {
+    in(delay, [this, p, what = std::move(what)] { on_now(p, what); });
+  }
+  void on_now(const process_ptr& p, const std::function<void()>& what) {
+    if (!p->is_alive) return;
+    if (p->is_frozen) {
+      p->deferred.push_back(what);
+    } else {
+      what();
+    }
+  }
+  std::uint64_t draw(std::uint64_t from, std::uint64_t to) {  // inclusive
+    return from + random_() % (to - from + 1);
+  }
+  us delay(us from, us to) {
+    return static_cast<us>(draw(static_cast<std::uint64_t>(from), static_cast<std::uint64_t>(to)));
+  }
+  us travel() {
+    const bool is_slow = are_faults_on_ && chance(rates_.slow);
+    return is_slow ? delay(100 * ms, 4 * second) : delay(100, 20 * ms);
+  }
+  bool chance(double p) { return static_cast<double>(random_() >> 11) * 0x1p-53 < p; }
+  template <class... A>
+  void say(fmt::format_string<A...> format, A&&... args) {
+    if (is_loud_) {
+      fmt::print("{:9.3f} {}\n", static_cast<double>(now_) / second,
+                 fmt::format(format, std::forward<A>(args)...));
+    }
+  }
+  template <class... A>
+  void violate(fmt::format_string<A...> format, A&&... args) {
+    if (result_.safety.empty()) {
+      result_.safety = fmt::format("at {:.3f} s: {}", static_cast<double>(now_) / second,
+                                   fmt::format(format, std::forward<A>(args)...));
+      say("VIOLATION {}", result_.safety);
+    }
+  }
+
+  // ---- set-up ----
+  void set_up(std::uint64_t seed);
+  job_spec make_spec(int index);
+  void start_process(const std::string& name);
+
+  // ---- coordinator ----
+  void start_coordinator();
+  void crash_coordinator(const char* why);
+  void tell(const event& e);
+  void pump();
+  void carry_out(action& a);
+  void do_save(const actions::save& s);
+  // ---- oracle ----
+  void check_record(const job_record& record);
+  void check_commit(const commit& c);
+  void check_manifest(const actions::write_manifest& m);
+  void check_state(const toy_trainer& t);
+
+  // ---- network ----
+  void dial(const process_ptr& p);
+  void cut(const std::shared_ptr<connection>& c, us to_worker, us to_coordinator);
+  void up(const process_ptr& p, const to_coordinator& message);
+  void down(connection_id id, const to_worker& message);
+
+  // ---- workers ----
+  void step_worker(const process_ptr& p, const worker_event& e);
+  void emit(const process_ptr& p, to_coordinator message);
+  void to_trainer(const process_ptr& p, const to_worker& message);
+  void load(const process_ptr& p, const commit& c);
+  void exchange(const process_ptr& p, std::uint64_t epoch);
+  void run_trainer(const process_ptr& p);
+  void begin_step(const process_ptr& p);
+  void count_ballots(const process_ptr& zero, std::uint64_t step);
+  void apply(const process_ptr& p, const vote_result& vote);
+  void forward(toy_trainer& t, const vote_result& vote);
+  void start_save(const process_ptr& p, bool is_final);
+  void write_part(const process_ptr& p, part_saved report, const values& weights);
+  void close_links(const process_ptr& p);
+  void report_link(const process_ptr& p, int peer, const char* what, us after);
+  process_ptr peer_of(const toy_trainer& t, int rank);
+  bool share_links(const process_ptr& a, const process_ptr& b);
+  void kill(const process_ptr& p);
+  void faults();
+  bool is_good(std::uint64_t job, const disk_manifest& m) {
+    return std::all_of(m.facts.parts.begin(), m.facts.parts.end(), [&](const part_record& p) {
+      const auto part = parts_[job].find(p.file);
+      return part != parts_[job].end() && !part->second.is_corrupt;
+    });
+  }
+  const truth& truth_of(std::uint64_t job);
+  process_ptr pick() {
+    std::vector<process_ptr> living;
+    for (auto& [name, p] : processes_) {
+      if (p->is_alive) living.push_back(p);
+    }
+    return living.empty() ? nullptr : living[random_() % living.size()];
+  }
+
+  std::mt19937_64 random_;
+  bool is_loud_ = false, uses_wire_ = false;
+  std::priority_queue<entry> queue_;
+  us now_ = 0;
+  std::uint64_t order_ = 0;
+  outcome result_;
+
+  // The world that survives crashes of the coordinator.
+  std::map<std::string, std::string> rows_;
+  std::map<std::uint64_t, std::map<std::string, disk_part>> parts_;            // by job, file
+  std::map<std::uint64_t, std::map<std::uint64_t, disk_manifest>> manifests_;  // by job, step
+  std::map<std::uint64_t, job_spec> specs_;                                    // by job
+  std::map<std::uint64_t, truth> truths_;
+  std::map<std::string, process_ptr> processes_;  // by name
+  std::map<process_id, process_ptr> by_id_;
+  std::set<std::uint64_t> cancelled_;
+  std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint64_t> plans_;  // (job, number): hash
+  std::map<std::tuple<std::uint64_t, std::uint64_t, int>, process_id>
+      seats_;  // (job, number, rank)
+  std::map<std::uint64_t, std::uint64_t> completed_;
+
+  std::unique_ptr<cluster_machine> coordinator_;
+  std::uint64_t incarnation_ = 0;  // of this simulation, to void old events
+  std::deque<action> todo_;
+  bool is_saving_ = false;
+  actions::save saving_;
+  std::map<std::uint64_t, std::shared_ptr<connection>> connections_;
+  std::uint64_t next_connection_ = 1, next_process_ = 1;
+
+  rates rates_;
+  us faults_until_ = 0;
+  bool are_faults_on_ = true;
+  int worker_count_ = 0;
+};
+
+}  // namespace stagecoach::sim

@@ -1,0 +1,305 @@
+// A trainer without arithmetic: prepares, loads, runs, votes and saves as the real one does.
+#include "model/tensor_names.hpp"
+#include "tests/sim/cluster.hpp"
+
+namespace stagecoach::sim {
+
+void cluster::to_trainer(const process_ptr& p, const to_worker& message) {
+  toy_trainer& t = p->trainer;
+  if (const auto* x = std::get_if<prepare>(&message)) {
+    ++t.epoch;
+    close_links(p);
+    t.now = toy_trainer::doing::nothing;
+    prepared answer;
+    answer.job = x->job;
+    answer.number = x->number;
+    if (t.has_state && value(t.shape.job) == x->job) {
+      answer.has_state = true;
+      answer.step = t.step;
+      answer.chain = t.chain;
+      for (const auto& [name, v] : t.weights) answer.tensors.push_back(name);
+      answer.last_vote = t.last_vote;
+      answer.has_pending = t.has_pending;
+    }
+    emit(p, answer);
+  } else if (const auto* c = std::get_if<commit>(&message)) {
+    load(p, *c);
+  } else if (std::holds_alternative<run_stage>(message)) {
+    if (t.now == toy_trainer::doing::ready) run_trainer(p);
+  } else if (const auto* o = std::get_if<give_order>(&message)) {
+    if (t.rank == 0) t.orders.push_back(*o);
+  } else if (std::holds_alternative<resume_stage>(message)) {
+    if (t.now == toy_trainer::doing::held) run_trainer(p);
+  } else if (const auto* s = std::get_if<stop_stage>(&message)) {
+    if (value(t.shape.job) != s->job) return;
+    close_links(p);
+    const std::uint64_t epoch = t.epoch + 1;
+    t = toy_trainer{};
+    t.epoch = epoch;
+  }
+}
+
+/// The newest state that the vote decided, in place.
+void cluster::forward(toy_trainer& t, const vote_result& vote) {
+  for (auto& [name, v] : t.weights) v = mix(v, vote.step);
+  t.step = vote.step;
+  t.chain = vote.chain;
+  t.last_vote = vote;
+  t.has_pending = false;
+  check_state(t);
+}
+
+void cluster::load(const process_ptr& p, const commit& c) {
+  toy_trainer& t = p->trainer;
+  const std::uint64_t job = value(c.shape.job), number = c.shape.generation;
+  int rank = -1;
+  for (std::size_t i = 0; i < c.shape.members.size(); ++i) {
+    if (c.shape.members[i].process == p->id) rank = static_cast<int>(i);
+  }
+  if (rank < 0) return violate("{} got a plan in which it has no place", p->name);
+  const auto [seat, is_new] = seats_.emplace(std::tuple(job, number, rank), p->id);
+  if (!is_new && seat->second != p->id)
+    violate("two workers hold rank {} of generation {}", rank, number);
+
+  const std::uint64_t epoch = ++t.epoch;
+  if (t.has_state && value(t.shape.job) != job) t.has_state = false;
+  if (c.source == source_kind::live && c.roll_forward && t.has_state && t.has_pending &&
+      t.step + 1 == c.roll_forward->step) {
+    ++result_.roll_forwards;
+    forward(t, *c.roll_forward);
+  }
+  t.serving = t.has_state && t.step == c.step ? t.weights : values{};
+  t.order = c;
+  t.spec = c.spec;
+  t.now = toy_trainer::doing::loading;
+  t.save_first = c.save_at_start;
+  on(p, delay(ms, 300 * ms), [this, p, epoch, rank] {
+    toy_trainer& u = p->trainer;
+    if (u.epoch != epoch) return;
+    u.shape = u.order.shape;
+    u.hash = plan_hash(u.shape);
+    u.rank = rank;
+    u.lost_peers.clear();
+    u.are_links_open = true;
+    for (int r = 0; r < static_cast<int>(u.shape.members.size()); ++r) {
+      const process_ptr other = peer_of(u, r);
+      if (r != rank && !share_links(p, other)) return;  // the last one to open starts the exchange
+    }
+    for (int r = 0; r < static_cast<int>(u.shape.members.size()); ++r) {
+      const process_ptr other = peer_of(u, r);
+      on(other, delay(ms, 100 * ms),
+         [this, other, e = other->trainer.epoch] { exchange(other, e); });
+    }
+  });
+  on(p, 5 * second, [this, p, epoch, job, number] {
+    if (p->trainer.epoch != epoch || p->trainer.now != toy_trainer::doing::loading) return;
+    emit(p, failed{job, number, "unreachable", "links did not open", false});
+  });
+}
+
+void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
+  toy_trainer& t = p->trainer;
+  if (t.epoch != epoch || t.now != toy_trainer::doing::loading) return;
+  const commit& c = t.order;
+  const std::uint64_t job = value(c.shape.job);
+  values have;
+  if (c.source == source_kind::live) {
+    have = t.serving;
+    for (const transfer_record& x : c.transfers) {
+      if (x.to_rank != t.rank) continue;
+      const process_ptr from = peer_of(t, x.from_rank);
+      if (!share_links(p, from)) return;  // stuck until the next prepare
+      const auto v = from->trainer.serving.find(x.tensor);
+      if (v == from->trainer.serving.end()) {
+        return violate("rank {} is to send {} at step {}, which it does not hold", x.from_rank,
+                       x.tensor, c.step);
+      }
+      have[x.tensor] = v->second;
+    }
+    ++result_.live_recoveries;
+  } else if (c.source == source_kind::checkpoint) {
+    for (const part_record& part : c.parts) {
+      const auto file = parts_[job].find(part.file);
+      if (file == parts_[job].end() || file->second.is_corrupt) {
+        emit(p, failed{job, c.shape.generation, "corrupt", "part " + part.file, false});
+        t.now = toy_trainer::doing::nothing;
+        return;
+      }
+      have.insert(file->second.weights.begin(), file->second.weights.end());
+    }
+    if (c.step > 0) ++result_.rollbacks;
+  } else {
+    have = truth_of(job).at[0];
+  }
+  values mine;
+  const auto stage = static_cast<std::size_t>(c.shape.stage_of(t.rank));
+  for (const std::string& name : stage_tensor_names(c.spec.model, c.shape.shape.unit_cuts[stage],
+                                                    c.shape.shape.unit_cuts[stage + 1])) {
+    const auto v = have.find(name);
+    if (v == have.end())
+      return violate("rank {} has nobody to give it {} at step {}", t.rank, name, c.step);
+    if (v->second != truth_of(job).at[c.step].at(name))
+      violate("{} loaded for step {} has other bits", name, c.step);
+    mine[name] = v->second;
+  }
+  // The old state goes only now: a prepare during the load finds it.
+  t.weights = std::move(mine);
+  t.has_state = true;
+  t.step = c.step;
+  t.chain = c.chain;
+  if (t.last_vote && t.last_vote->step != c.step) t.last_vote.reset();
+  t.has_pending = false;
+  t.ballots.clear();
+  t.orders.clear();
+  t.now = toy_trainer::doing::ready;
+  values counted = t.weights;
+  if (c.shape.stage_of(t.rank) != 0) counted.erase("wte.weight");
+  emit(p, ready{job, c.shape.generation, t.hash, c.step, hash_of(counted)});
+}
+
+void cluster::run_trainer(const process_ptr& p) {
+  toy_trainer& t = p->trainer;
+  t.now = toy_trainer::doing::running;
+  if (t.save_first) {
+    t.save_first = false;
+    start_save(p, t.step == static_cast<std::uint64_t>(t.spec.stop_steps));
+  }
+  if (t.step >= static_cast<std::uint64_t>(t.spec.stop_steps)) {
+    t.now = toy_trainer::doing::finished;
+    emit(p, finished{value(t.shape.job), t.shape.generation, t.step});
+    return;
+  }
+  begin_step(p);
+}
+
+void cluster::begin_step(const process_ptr& p) {
+  const std::uint64_t epoch = p->trainer.epoch;
+  on(p, delay(p->step_ms * ms / 2, p->step_ms * ms), [this, p, epoch] {
+    toy_trainer& t = p->trainer;
+    if (t.epoch != epoch || t.now != toy_trainer::doing::running) return;
+    for (int r = 0; r < static_cast<int>(t.shape.members.size()); ++r) {
+      if (r != t.rank && !share_links(p, peer_of(t, r))) return;  // the step is broken
+    }
+    t.has_pending = true;
+    const process_ptr zero = peer_of(t, 0);
+    on(zero, zero == p ? 0 : delay(100, 5 * ms),
+       [this, zero, rank = t.rank, hash = t.hash, step = t.step + 1, chain = t.chain] {
+         toy_trainer& z = zero->trainer;
+         if (z.hash != hash || !z.are_links_open) return;
+         if (z.step + 1 != step)
+           return violate("rank {} votes for step {}, rank 0 stands at {}", rank, step, z.step);
+         z.ballots[step][rank] = chain;
+         count_ballots(zero, step);
+       });
+  });
+}
+
+void cluster::count_ballots(const process_ptr& zero, std::uint64_t step) {
+  toy_trainer& z = zero->trainer;
+  if (z.now != toy_trainer::doing::running || z.ballots[step].size() != z.shape.members.size())
+    return;
+  vote_result vote;
+  vote.step = step;
+  for (const auto& [rank, chain] : z.ballots[step]) {
+    if (chain != z.chain) return violate("rank {} votes from another chain", rank);
+  }
+  vote.chain = mix(z.chain, step);
+  for (const give_order& o : z.orders) vote.orders |= order_bit(static_cast<order_kind>(o.kind));
+  z.orders.clear();
+  const auto every = static_cast<std::uint64_t>(z.spec.checkpoint.every_steps);
+  if (every > 0 && step % every == 0) vote.orders |= order_bit(order_kind::save);
+  z.ballots.erase(step);
+  for (int r = 0; r < static_cast<int>(z.shape.members.size()); ++r) {
+    const process_ptr p = peer_of(z, r);
+    on(p, r == 0 ? 0 : delay(100, 30 * ms), [this, p, zero, vote, hash = z.hash] {
+      toy_trainer& t = p->trainer;
+      const bool is_open =
+          t.are_links_open && t.hash == hash && (p == zero || t.lost_peers.count(0) == 0);
+      if (is_open && t.has_pending && t.step + 1 == vote.step) apply(p, vote);
+    });
+  }
+}
+
+void cluster::apply(const process_ptr& p, const vote_result& vote) {
+  toy_trainer& t = p->trainer;
+  const std::uint64_t job = value(t.shape.job), number = t.shape.generation;
+  forward(t, vote);
+  ++result_.steps;
+  if (t.rank == 0) {
+    step_report r;
+    r.step = vote.step;
+    r.chain = vote.chain;
+    emit(p, progress{job, number, t.hash, {r}});
+  }
+  const bool is_final = t.step == static_cast<std::uint64_t>(t.spec.stop_steps);
+  if ((vote.orders & order_bit(order_kind::save)) != 0 || is_final) start_save(p, is_final);
+  if ((vote.orders & (order_bit(order_kind::hold) | order_bit(order_kind::stop))) != 0) {
+    t.now = toy_trainer::doing::held;
+    emit(p, held{job, number, t.step});
+    if (!is_final) return;
+  }
+  if (is_final) {
+    t.now = toy_trainer::doing::finished;
+    emit(p, finished{job, number, t.step});
+    return;
+  }
+  begin_step(p);
+}
+
+void cluster::start_save(const process_ptr& p, bool is_final) {
+  toy_trainer& t = p->trainer;
+  // Each tensor of the stage is saved by one replica; the head's copy of wte by the embedding's
+  // stage.
+  const int stage = t.shape.stage_of(t.rank), replica = t.shape.replica_of(t.rank);
+  const int replicas = t.shape.shape.replica_count;
+  std::vector<std::vector<std::string>> shares(static_cast<std::size_t>(replicas));
+  int parts = 0;
+  for (int s = 0; s < t.shape.shape.stage_count; ++s) {
+    auto names =
+        stage_tensor_names(t.spec.model, t.shape.shape.unit_cuts[static_cast<std::size_t>(s)],
+                           t.shape.shape.unit_cuts[static_cast<std::size_t>(s) + 1]);
+    if (s != 0) std::erase(names, "wte.weight");
+    for (int r = 0; r < replicas; ++r) {
+      std::vector<std::string> share;
+      for (std::size_t i = 0; i < names.size(); ++i) {
+        if (static_cast<int>(i) % replicas == r) share.push_back(names[i]);
+      }
+      parts += share.empty() ? 0 : 1;
+      if (s == stage) shares[static_cast<std::size_t>(r)] = share;
+    }
+  }
+  const auto& mine = shares[static_cast<std::size_t>(replica)];
+  if (mine.empty()) return;
+  part_saved x;
+  x.job = value(t.shape.job);
+  x.generation = t.shape.generation;
+  x.plan_hash = t.hash;
+  x.step = t.step;
+  x.chain = t.chain;
+  x.part_count = parts;
+  x.is_final = is_final;
+  x.part.tensors = mine;
+  x.part.host = p->name;
+  x.part.folder = "folder";
+  x.part.file = fmt::format("g{}-s{}-r{}", x.generation, x.step, t.rank);
+  values weights;
+  for (const std::string& name : mine) weights[name] = t.weights.at(name);
+  x.part.weights_hash = hash_of(weights);
+  write_part(p, x, weights);
+}
+
+void cluster::write_part(const process_ptr& p, part_saved x, const values& weights) {
+  on(p, delay(ms, 400 * ms), [this, p, x, weights]() mutable {
+    if (are_faults_on_ && chance(rates_.disk_full)) {
+      x.problem = "disk full";
+      emit(p, x);
+      x.problem.clear();
+      if (x.is_final) on(p, 2 * second, [this, p, x, weights] { write_part(p, x, weights); });
+      return;
+    }
+    parts_[x.job][x.part.file] = {weights, x.step, false};
+    emit(p, x);
+  });
+}
+
+}  // namespace stagecoach::sim

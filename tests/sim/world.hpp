@@ -1,0 +1,100 @@
+// What there is in a simulated cluster: time, state as a hash per tensor, processes, channels,
+// disks.
+//
+// Plain data; what happens to it is cluster.hpp's.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "coordinator/cluster_machine.hpp"
+#include "worker/worker_machine.hpp"
+
+namespace stagecoach::sim {
+
+using us = std::int64_t;
+constexpr us ms = 1000;
+constexpr us second = 1000 * ms;
+
+std::uint64_t mix(std::uint64_t a, std::uint64_t b);
+std::uint64_t hash_name(const std::string& text);
+
+/// A tensor's whole past in one number: every step mixes its own into it, so a lost, repeated or
+/// reordered step shows.
+using values = std::map<std::string, std::uint64_t>;
+/// Order-free, as the hash of a checkpoint's weights is.
+std::string hash_of(const values& some);
+
+/// What an undisturbed run gives; nobody but the oracle looks here.
+struct truth {
+  std::vector<values> at;  // by step
+  std::vector<std::uint64_t> chain;
+};
+
+struct rates {  // events per second of the whole cluster
+  double kill = 0, freeze = 0, cut_control = 0, cut_link = 0, coordinator_crash = 0,
+         action_crash = 0;
+  double disk_full = 0, corrupt = 0, drain = 0, pause = 0, slow = 0;  // slow: share of the messages
+};
+
+struct disk_part {
+  values weights;
+  std::uint64_t step = 0;
+  bool is_corrupt = false;
+};
+struct disk_manifest {
+  checkpoint_facts facts;
+};
+
+struct process;
+
+struct connection {
+  connection_id id{};
+  std::shared_ptr<process> who;
+  bool is_open = true;
+  us last_up = 0, last_down = 0;
+};
+
+/// A trainer without arithmetic.
+struct toy_trainer {
+  job_spec spec;
+  plan shape;
+  std::uint64_t hash = 0;
+  int rank = -1;
+  bool has_state = false;
+  std::uint64_t step = 0, chain = 0;
+  values weights, serving;
+  std::optional<vote_result> last_vote;
+  bool has_pending = false;
+  bool are_links_open = false;
+  std::set<int> lost_peers;
+  enum class doing { nothing, loading, ready, running, held, finished } now = doing::nothing;
+  std::uint64_t epoch = 0;  // events of an older one are void
+  commit order;
+  bool save_first = false;
+  std::map<std::uint64_t, std::map<int, std::uint64_t>> ballots;  // rank 0: step, rank, chain
+  std::vector<give_order> orders;
+};
+
+struct process {
+  std::string name;
+  process_id id;
+  std::unique_ptr<worker_machine> machine;
+  toy_trainer trainer;
+  std::shared_ptr<connection> channel;
+  bool is_alive = true, is_frozen = false;
+  bool is_dialling = false;
+  std::vector<std::function<void()>> deferred;
+  us last_emit = 0, last_command = 0;
+  int step_ms = 50;
+};
+
+using process_ptr = std::shared_ptr<process>;
+
+}  // namespace stagecoach::sim
