@@ -21,7 +21,7 @@ struct daemon_flags {
   std::uint16_t link_port = 0;
   int threads = 1;
   bool insecure = false;
-  std::vector<std::string> labels;
+  std::vector<std::string> labels, faults;
 };
 
 level parse_level(const std::string& text) {
@@ -88,6 +88,11 @@ exit_code run_worker(const global_flags& flags, const daemon_flags& own) {
       return complain(flags, make_error(errc::usage, "label \"{}\" is not KEY=VALUE", label));
     options.labels[label.substr(0, equals)] = label.substr(equals + 1);
   }
+  for (const std::string& text : own.faults) {
+    auto fault = parse_fault(text);
+    if (!fault) return complain(flags, fault.err());
+    options.faults.push_back(std::move(*fault));
+  }
   watch_interrupts();
   auto started = worker::start(options);
   if (!started) return complain(flags, started.err());
@@ -146,6 +151,10 @@ void add_worker(command_line c) {
   app->add_option("--link-port", own->link_port, "port for links (default: any free one)");
   app->add_option("--isa", own->isa, "cap the instruction set: avx2 or avx512")
       ->check(CLI::IsMember({"avx2", "avx512"}));
+  app->add_option(
+      "--inject", own->faults,
+      "for tests: flip@STEP[:TENSOR] flips a bit of a weight in memory after that step; "
+      "stall@STEP hangs the trainer in it, until SIGKILL (repeatable)");
   add_daemon_flags(app, own);
   app->callback([c, own] { c.run = [c, own] { return run_worker(c.flags, *own); }; });
 }

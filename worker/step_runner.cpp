@@ -199,6 +199,7 @@ result<vote_result> step_runner::compute(std::uint64_t step, std::uint64_t chain
       return error{errc::cancelled, "the step was dropped"};
     const auto number = static_cast<std::uint64_t>(what.microbatch);
     const std::int64_t boundary = stage_.boundary_count();
+    if (middle_ && &what == &table_[table_.size() / 2]) middle_(step);
     result<void> done;
     switch (what.what) {
       case op::receive_activation: {

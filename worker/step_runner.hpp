@@ -64,6 +64,8 @@ class step_runner {
 
   /// From any thread: makes compute() and evaluate() return `cancelled` soon.
   void cancel() { cancelled_.store(true); }
+  /// Called by every compute() half way through its instructions, on its thread; for tests.
+  void watch_middle(std::function<void(std::uint64_t step)> middle) { middle_ = std::move(middle); }
   const step_times& times() const { return times_; }
   std::int64_t allocated_bytes() const;
 
@@ -96,6 +98,7 @@ class step_runner {
   std::vector<double> losses_;
   std::uint64_t step_ = 0, pending_step_ = 0;
   step_times times_;
+  std::function<void(std::uint64_t)> middle_;
   std::atomic<bool> cancelled_{false};
 };
 

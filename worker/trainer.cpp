@@ -103,6 +103,7 @@ int count_parts(const job_spec& spec, const plan& shape) {
 struct trainer::implementation {
   implementation(trainer_options o, link_server& l) : options(std::move(o)), links(l) {
     device = make_cpu_backend(options.threads, options.isa);
+    faults = fault_injection(std::move(options.faults));
     worker_thread = std::thread([this] { loop(); });
     writer_thread = std::thread([this] { write_loop(); });
   }
@@ -371,6 +372,8 @@ struct trainer::implementation {
     token_reader train = reader_of(train_source), valid = reader_of(valid_source);
     auto made = std::make_unique<step_runner>(spec, shape, my_rank, *model, *current_links, *device,
                                               std::move(train), std::move(valid));
+    if (!faults.is_empty())
+      made->watch_middle([this](std::uint64_t step) { faults.within_compute(step); });
     {
       std::lock_guard lock(mutex);
       runner = std::move(made);
@@ -538,6 +541,7 @@ struct trainer::implementation {
   // -------------------------------------------------------------------------------------------
   void apply_vote(const vote_result& vote) {
     runner->apply(vote);
+    faults.after_apply(vote.step, *model);
     state_step = vote.step;
     state_chain = vote.chain;
     last_vote = vote;
@@ -834,6 +838,7 @@ struct trainer::implementation {
   std::optional<vote_result> last_vote;
   std::shared_ptr<const token_source> train_source, valid_source;
   std::optional<error> data_problem;
+  fault_injection faults;
   std::string checkpoint_folder;
   std::vector<step_report> unreported;
   clock::time_point last_report_time{}, last_step_time{}, last_save_time{};

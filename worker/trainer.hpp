@@ -10,8 +10,10 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "coordinator/messages.hpp"
+#include "worker/fault_injection.hpp"
 #include "worker/link_asio.hpp"
 
 namespace stagecoach {
@@ -23,6 +25,7 @@ struct trainer_options {
   std::string name;    // the worker's name, for messages
   process_id process;  // by which a plan names this worker
   std::function<void(to_coordinator)> emit;
+  std::vector<injected_fault> faults;  // for tests
 };
 
 class trainer {

@@ -6,9 +6,11 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "config/result.hpp"
 #include "config/tls.hpp"
+#include "worker/fault_injection.hpp"
 
 namespace stagecoach {
 
@@ -22,7 +24,8 @@ struct worker_options {
   std::string link_host = "127.0.0.1";  // address that other workers dial
   std::uint16_t link_port = 0;          // 0: any free one
   tls_files tls;
-  bool insecure = false;  // allows a plain link port on other than loopback
+  bool insecure = false;               // allows a plain link port on other than loopback
+  std::vector<injected_fault> faults;  // for tests
 };
 
 class worker {

@@ -164,6 +164,7 @@ class running_worker : public worker {
     training.host = identity.host;
     training.name = name_;
     training.process = identity.process;
+    training.faults = options.faults;
     training.emit = [to = actor_](to_coordinator message) {
       caf::anon_send(to, worker_event{worker_events::trainer_said{std::move(message)}});
     };
