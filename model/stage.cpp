@@ -78,8 +78,9 @@ struct stage::implementation {
   std::int64_t rows = 0;  // M = B * T
 
   std::vector<tensor_info> tensors;
-  std::map<std::string, int> position;     // tensor name -> index in tensors
-  std::vector<std::int64_t> state_offset;  // by index in tensors, into each state array
+  std::map<std::string, int> position;      // tensor name -> index in tensors
+  std::vector<std::int64_t> state_offset;   // by index in tensors, into the parameters
+  std::vector<std::int64_t> moment_offset;  // and into each moment array; -1: not kept here
   float *parameters = nullptr, *moments1 = nullptr, *moments2 = nullptr;
 
   std::vector<gradient_slot> layout;
@@ -122,7 +123,7 @@ struct stage::implementation {
     return slots[static_cast<std::size_t>(index)];
   }
 
-  void lay_out_state();
+  void lay_out_state(const std::optional<std::vector<int>>& moments_of);
   void lay_out_gradients();
   void find_places();
   void carve(slot_arrays& s, carver& arena) const;
@@ -132,20 +133,26 @@ struct stage::implementation {
   void block_backward_input(const block_places& p, const block_arrays& a, float* dx);
   void block_backward_weight(const block_places& p, const block_arrays& a, float* gradients,
                              bool accumulate);
-  tensor_hash hash_of(const float* state, const char* kind, bool owns_tied_matrix) const;
+  tensor_hash hash_of(const float* state, const std::vector<std::int64_t>& offset, const char* kind,
+                      bool owns_tied_matrix) const;
 };
 
-void stage::implementation::lay_out_state() {
+void stage::implementation::lay_out_state(const std::optional<std::vector<int>>& moments_of) {
   tensors = stage_tensors(model, unit_begin, unit_end);
-  std::int64_t end = 0;
+  std::int64_t end = 0, moments_end = 0;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     position[tensors[i].name] = static_cast<int>(i);
     state_offset.push_back(end);
     end += round_up(tensors[i].count());
+    const bool has_moments = !moments_of || std::find(moments_of->begin(), moments_of->end(),
+                                                      tensors[i].index) != moments_of->end();
+    moment_offset.push_back(has_moments ? moments_end : -1);
+    if (has_moments) moments_end += round_up(tensors[i].count());
   }
   parameters = allocate(end);
-  moments1 = allocate(end);
-  moments2 = allocate(end);
+  if (moments_end == 0) return;
+  moments1 = allocate(moments_end);
+  moments2 = allocate(moments_end);
 }
 
 void stage::implementation::lay_out_gradients() {
@@ -324,18 +331,19 @@ void stage::implementation::run_to_head(slot_arrays& s, const float* input,
   }
 }
 
-tensor_hash stage::implementation::hash_of(const float* state, const char* kind,
-                                           bool owns_tied_matrix) const {
+tensor_hash stage::implementation::hash_of(const float* state,
+                                           const std::vector<std::int64_t>& offset,
+                                           const char* kind, bool owns_tied_matrix) const {
   tensor_hash sum;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i].index == 0 && !owns_tied_matrix && !embeds()) continue;
-    sum += hash_tensor(tensors[i].name + kind, state + state_offset[i], tensors[i].count());
+    if (offset[i] < 0 || (tensors[i].index == 0 && !owns_tied_matrix && !embeds())) continue;
+    sum += hash_tensor(tensors[i].name + kind, state + offset[i], tensors[i].count());
   }
   return sum;
 }
 
 stage::stage(const model_spec& model, const batch_spec& batch, int unit_begin, int unit_end,
-             int slots, backend& device)
+             int slots, backend& device, const std::optional<std::vector<int>>& moments_of)
     : self_(std::make_unique<implementation>(model, batch, unit_begin, unit_end, device)) {
   implementation& s = *self_;
   invariant(unit_begin >= 0 && unit_begin < unit_end && unit_end <= unit_count(model),
@@ -343,7 +351,7 @@ stage::stage(const model_spec& model, const batch_spec& batch, int unit_begin, i
   invariant(slots >= 1, "a stage has at least one microbatch in flight");
   invariant(batch.sequence_tokens <= model.context, "a sample fits the positions");
   s.rows = batch.micro_sequences * batch.sequence_tokens;
-  s.lay_out_state();
+  s.lay_out_state(moments_of);
   s.lay_out_gradients();
   s.find_places();
   s.slots.resize(static_cast<std::size_t>(slots));
@@ -383,7 +391,8 @@ float* place_of(float* state, const std::map<std::string, int>& position,
                 const std::vector<std::int64_t>& offset, const std::string& name) {
   const auto found = position.find(name);
   if (found == position.end()) return nullptr;
-  return state + offset[static_cast<std::size_t>(found->second)];
+  const std::int64_t at = offset[static_cast<std::size_t>(found->second)];
+  return at < 0 ? nullptr : state + at;
 }
 }  // namespace
 
@@ -391,10 +400,10 @@ float* stage::parameter(const std::string& name) {
   return place_of(self_->parameters, self_->position, self_->state_offset, name);
 }
 float* stage::moment1(const std::string& name) {
-  return place_of(self_->moments1, self_->position, self_->state_offset, name);
+  return place_of(self_->moments1, self_->position, self_->moment_offset, name);
 }
 float* stage::moment2(const std::string& name) {
-  return place_of(self_->moments2, self_->position, self_->state_offset, name);
+  return place_of(self_->moments2, self_->position, self_->moment_offset, name);
 }
 
 void stage::initialise_parameters() {
@@ -402,8 +411,9 @@ void stage::initialise_parameters() {
   for (std::size_t i = 0; i < s.tensors.size(); ++i) {
     initialise(s.parameters + s.state_offset[i], s.tensors[i], s.model);
     const std::int64_t count = s.tensors[i].count();
-    std::fill_n(s.moments1 + s.state_offset[i], count, 0.0F);
-    std::fill_n(s.moments2 + s.state_offset[i], count, 0.0F);
+    if (s.moment_offset[i] < 0) continue;
+    std::fill_n(s.moments1 + s.moment_offset[i], count, 0.0F);
+    std::fill_n(s.moments2 + s.moment_offset[i], count, 0.0F);
   }
 }
 
@@ -508,23 +518,30 @@ void stage::logits(const std::int32_t* tokens, std::int64_t row, float* to) {
 void stage::apply(const float* gradients, const adamw_scalars& scalars) {
   implementation& s = *self_;
   for (std::size_t i = 0; i < s.tensors.size(); ++i) {
+    const std::int64_t moments = s.moment_offset[i];
+    if (moments < 0) continue;
     adamw_scalars own = scalars;
     if (!s.tensors[i].decays()) own.weight_decay = 0;
-    const std::int64_t offset = s.state_offset[i];
-    s.device.adamw(s.parameters + offset, s.moments1 + offset, s.moments2 + offset,
+    s.device.adamw(s.parameters + s.state_offset[i], s.moments1 + moments, s.moments2 + moments,
                    gradients + s.gradient_of[i], s.tensors[i].count(), own);
   }
 }
 
 tensor_hash stage::weights_hash(bool owns_tied_matrix) const {
-  return self_->hash_of(self_->parameters, "", owns_tied_matrix);
+  return self_->hash_of(self_->parameters, self_->state_offset, "", owns_tied_matrix);
 }
 
 tensor_hash stage::state_hash(bool owns_tied_matrix) const {
+  tensor_hash sum = weights_hash(owns_tied_matrix);
+  sum += moments_hash(owns_tied_matrix);
+  return sum;
+}
+
+tensor_hash stage::moments_hash(bool owns_tied_matrix) const {
+  const implementation& s = *self_;
   // A suffix per kind: a moment that stood in another's place would otherwise hash the same.
-  tensor_hash sum = self_->hash_of(self_->parameters, "", owns_tied_matrix);
-  sum += self_->hash_of(self_->moments1, "@moment1", owns_tied_matrix);
-  sum += self_->hash_of(self_->moments2, "@moment2", owns_tied_matrix);
+  tensor_hash sum = s.hash_of(s.moments1, s.moment_offset, "@moment1", owns_tied_matrix);
+  sum += s.hash_of(s.moments2, s.moment_offset, "@moment2", owns_tied_matrix);
   return sum;
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,8 +32,10 @@ struct gradient_slot {
 class stage {
  public:
   /// slots: how many microbatches may be in flight at once (activation sets allocated up front).
+  /// moments_of: global indices of the tensors that have moments here and that apply() updates;
+  /// none given: all (a sharded optimizer keeps a share, model/tensor_names.hpp).
   stage(const model_spec& model, const batch_spec& batch, int unit_begin, int unit_end, int slots,
-        backend& device);
+        backend& device, const std::optional<std::vector<int>>& moments_of = std::nullopt);
   ~stage();
   stage(const stage&) = delete;
   stage& operator=(const stage&) = delete;
@@ -45,7 +48,7 @@ class stage {
   // -------------------------------------
   const std::vector<tensor_info>& tensors() const;  // in global order
   float* parameter(const std::string& name);        // null if not held
-  float* moment1(const std::string& name);
+  float* moment1(const std::string& name);          // null, too, where its moments are not here
   float* moment2(const std::string& name);
   void initialise_parameters();  // init: random; moments zero
 
@@ -86,13 +89,15 @@ class stage {
 
   // ---- optimizer
   // -------------------------------------------------------------------------------------
-  /// AdamW on every tensor. gradients: the flat buffer, fully reduced, in which the caller has put
-  /// the final tied gradient (head + embed, in this order) into every wte slot that the stage has.
+  /// AdamW on every tensor whose moments are here. gradients: the flat buffer, fully reduced, in
+  /// which the caller has put the final tied gradient (head + embed, in this order) into every wte
+  /// slot that the stage has.
   void apply(const float* gradients, const adamw_scalars& scalars);
 
   tensor_hash weights_hash(
       bool owns_tied_matrix) const;  // without wte where !owns_tied_matrix and no embedding
-  tensor_hash state_hash(bool owns_tied_matrix) const;  // parameters and moments
+  tensor_hash state_hash(bool owns_tied_matrix) const;    // parameters and moments
+  tensor_hash moments_hash(bool owns_tied_matrix) const;  // of the moments that are here
   std::int64_t allocated_bytes() const;
 
  private:

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <numeric>
 #include <string_view>
 
 namespace stagecoach {
@@ -50,6 +52,53 @@ std::vector<std::string> stage_tensor_names(const model_spec& m, int unit_begin,
     names.push_back(all[static_cast<std::size_t>(i)].name);
   }
   return names;
+}
+
+std::vector<int> moment_owners(const model_spec& m, const std::vector<int>& stage_tensors,
+                               int replica_count) {
+  const std::vector<tensor_size> all = all_tensor_sizes(m);
+  std::vector<std::int64_t> sizes;
+  for (const int i : stage_tensors) sizes.push_back(all[static_cast<std::size_t>(i)].count);
+  const auto fill = [&sizes](std::int64_t most) {
+    std::vector<int> owners;
+    std::int64_t taken = 0;
+    int owner = 0;
+    for (const std::int64_t size : sizes) {
+      if (taken > 0 && taken + size > most) {
+        ++owner;
+        taken = 0;
+      }
+      taken += size;
+      owners.push_back(owner);
+    }
+    return owners;
+  };
+  if (sizes.empty()) return {};
+  std::int64_t low = *std::max_element(sizes.begin(), sizes.end());
+  std::int64_t high = std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0});
+  while (low < high) {  // the smallest bound that fits into the replicas
+    const std::int64_t middle = low + (high - low) / 2;
+    if (fill(middle).back() < replica_count) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return fill(low);
+}
+
+std::vector<int> kept_moments(const job_spec& spec, int unit_begin, int unit_end, int replica,
+                              int replica_count) {
+  std::vector<int> tensors = stage_tensor_indices(spec.model, unit_begin, unit_end);
+  if (!is_sharded(spec, replica_count)) return tensors;
+  const std::vector<int> owners = moment_owners(spec.model, tensors, replica_count);
+  std::vector<int> kept;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    // How many places this replica stands behind the owner in the ring.
+    const int behind = (replica - owners[i] + replica_count) % replica_count;
+    if (behind <= spec.elasticity.copies) kept.push_back(tensors[i]);
+  }
+  return kept;
 }
 
 std::string add_tensor_hashes(const std::vector<std::string>& parts) {

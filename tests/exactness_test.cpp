@@ -93,6 +93,34 @@ TEST_CASE("six stages, eight replicas and uneven leaves, the same bits") {
   check_same(2, 7, "1f1b", 1);
 }
 
+TEST_CASE("an optimizer whose moments the replicas share among them, the same bits") {
+  job_spec spec = small_job();
+  spec.parallelism.shard_optimizer = true;
+  for (auto [stages, replicas] : {std::pair{1, 2}, {1, 3}, {2, 2}, {3, 2}, {1, 8}, {2, 4}}) {
+    CAPTURE(stages);
+    CAPTURE(replicas);
+    const auto got = run_in_process(spec, make_layout(spec, stages, replicas, "1f1b"), 1);
+    CHECK(got.weights_hash == alone().weights_hash);
+    CHECK(got.state_hash == alone().state_hash);  // every moment once, over all replicas
+    CHECK(got.chain == alone().chain);
+  }
+}
+
+TEST_CASE("a sharded optimizer whose neighbours keep copies, the same weights") {
+  job_spec spec = small_job();
+  spec.parallelism.shard_optimizer = true;
+  for (const int copies : {1, 2}) {
+    spec.elasticity.copies = copies;
+    for (auto [stages, replicas] : {std::pair{1, 2}, {1, 4}, {2, 3}}) {
+      CAPTURE(stages);
+      CAPTURE(replicas);
+      const auto got = run_in_process(spec, make_layout(spec, stages, replicas, "1f1b"), 1);
+      CHECK(got.weights_hash == alone().weights_hash);
+      CHECK(got.chain == alone().chain);
+    }
+  }
+}
+
 TEST_CASE("several microbatches per leaf and several sequences per microbatch, the same bits") {
   job_spec spec = small_job();
   spec.batch = {32, 2, 48, 4};

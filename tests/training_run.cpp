@@ -3,11 +3,13 @@
 #include <fmt/format.h>
 
 #include <chrono>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
 
 #include "model/stage.hpp"
+#include "model/tensor_names.hpp"
 #include "worker/step_runner.hpp"
 
 namespace stagecoach::testing {
@@ -88,6 +90,8 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
 
   run_outcome outcome;
   tensor_hash weights, state;
+  std::map<int, std::string> stage_weights;        // of replica 0, by stage
+  std::vector<std::pair<int, std::string>> twins;  // of all ranks
   std::mutex mutex;
   std::string problem;
   std::vector<std::thread> workers;
@@ -97,7 +101,9 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
           backend_name == "reference" ? make_reference_backend() : make_cpu_backend(threads);
       const int s = p.stage_of(rank);
       stage model(spec.model, spec.batch, shape.unit_cuts[s], shape.unit_cuts[s + 1],
-                  *step_runner::slots(spec, p, rank), *device);
+                  *step_runner::slots(spec, p, rank), *device,
+                  kept_moments(spec, shape.unit_cuts[s], shape.unit_cuts[s + 1], p.replica_of(rank),
+                               shape.replica_count));
       model.initialise_parameters();
       step_runner runner(spec, p, rank, model, *links[rank], *device, reader_of(text),
                          reader_of(text));
@@ -122,6 +128,11 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
           return;
         }
         runner.apply(*vote);
+        if (auto shared = runner.share_weights(*vote); !shared) {
+          std::lock_guard lock(mutex);
+          problem = shared.err().message;
+          return;
+        }
         chain = vote->chain;
         if (rank == 0) {
           std::lock_guard lock(mutex);
@@ -130,13 +141,25 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
         }
       }
       std::lock_guard lock(mutex);
-      if (p.replica_of(rank) != 0) return;
-      weights += model.weights_hash(model.has_embedding());
-      state += model.state_hash(model.has_embedding());
+      // A sharded optimizer without copies has each moment once, over all replicas.
+      const bool is_shared_out =
+          is_sharded(spec, shape.replica_count) && spec.elasticity.copies == 0;
+      if (p.replica_of(rank) == 0 || is_shared_out)
+        state += model.moments_hash(model.has_embedding());
+      const tensor_hash own = model.weights_hash(model.has_embedding());
+      if (p.replica_of(rank) == 0) {
+        weights += own;
+        state += own;
+        stage_weights[s] = to_string(own);
+      }
+      twins.emplace_back(s, to_string(own));
     });
   }
   for (auto& w : workers) w.join();
   if (!problem.empty()) throw std::runtime_error(problem);
+  for (const auto& [s, hash] : twins) {
+    if (hash != stage_weights[s]) throw std::runtime_error("replicas ended with other weights");
+  }
   outcome.weights_hash = to_string(weights);
   outcome.state_hash = to_string(state);
   return outcome;

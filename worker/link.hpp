@@ -32,6 +32,7 @@ enum class link_tag : std::uint32_t {
   state,           // number = tensor index * 4 + {0 parameter, 1 moment1, 2 moment2}
   part_copy,       // checkpoint part to a second worker; number = sequence within the file
   probe,           // test use
+  weights,         // sharded optimizer: an updated parameter; number = tensor index
 };
 
 struct link_key {

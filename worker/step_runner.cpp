@@ -7,6 +7,7 @@
 
 #include "model/data_order.hpp"
 #include "model/leaf_tree.hpp"
+#include "model/tensor_names.hpp"
 #include "worker/vote.hpp"
 
 namespace stagecoach {
@@ -75,6 +76,28 @@ step_runner::step_runner(const job_spec& spec, const plan& shape, int rank, stag
       device_(device),
       train_(std::move(train)),
       valid_(std::move(valid)) {
+  const int replicas = shape.shape.replica_count;
+  shares_.resize(static_cast<std::size_t>(replicas));
+  if (is_sharded(spec, replicas)) {
+    std::vector<int> tensors;
+    for (const tensor_info& t : stage_.tensors()) tensors.push_back(t.index);
+    const std::vector<int> owners = moment_owners(spec.model, tensors, replicas);
+    for (std::size_t i = 0; i < tensors.size(); ++i) owner_of_[tensors[i]] = owners[i];
+    for (const gradient_slot& slot : stage_.gradient_layout()) {
+      auto& own = shares_[static_cast<std::size_t>(owner_of_.at(slot.tensor_index))];
+      // Neighbours in the buffer become one; the few floats of padding between them travel too.
+      if (!own.empty() && slot.offset - own.back().end < 16) {
+        own.back().end = slot.offset + slot.count;
+      } else {
+        own.push_back({slot.offset, slot.offset + slot.count});
+      }
+    }
+  } else {
+    for (int k = 0; k < replicas; ++k) {
+      const auto [begin, end] = range_of(stage_.gradient_count(), k, replicas);
+      shares_[static_cast<std::size_t>(k)].push_back({begin, end});
+    }
+  }
   leaf_first_ = shape.shape.leaf_cuts[replica_];
   leaf_last_ = shape.shape.leaf_cuts[replica_ + 1];
   per_leaf_ = spec.batch.microbatch_count() / spec.batch.leaf_count;
@@ -252,28 +275,91 @@ result<void> step_runner::reduce(std::uint64_t step) {
   return tie_gradients(step);
 }
 
+/// Are the reduced gradient and the moments of a tensor at this replica?
+bool step_runner::keeps(int tensor_index, int replica) const {
+  const auto owner = owner_of_.find(tensor_index);
+  if (owner == owner_of_.end()) return true;  // not sharded
+  const int replicas = plan_.shape.replica_count;
+  return (replica - owner->second + replicas) % replicas <= spec_.elasticity.copies;
+}
+
+namespace {
+std::uint64_t block_number(std::size_t stretch, int replica, std::size_t block) {
+  return static_cast<std::uint64_t>(stretch) << 48 | static_cast<std::uint64_t>(replica) << 32 |
+         block;
+}
+}  // namespace
+
 result<void> step_runner::reduce_replicas(std::uint64_t step) {
   const int replicas = plan_.shape.replica_count;
-  const std::int64_t count = stage_.gradient_count();
   const auto peer = [&](int replica) { return plan_.rank_of(stage_index_, replica); };
 
   for (int k = 0; k < replicas; ++k) {
     if (k == replica_) continue;
-    const auto [begin, end] = range_of(count, k, replicas);
-    for (std::size_t i = 0; i < stack_.size(); ++i) {
-      const link_key key{link_tag::leaf_block, step, static_cast<std::uint64_t>(k) << 32 | i};
-      if (auto sent = links_.send(peer(k), key, bytes_of(stack_[i] + begin, end - begin)); !sent)
-        return sent;
+    const auto& theirs = shares_[static_cast<std::size_t>(k)];
+    for (std::size_t j = 0; j < theirs.size(); ++j) {
+      for (std::size_t i = 0; i < stack_.size(); ++i) {
+        const link_key key{link_tag::leaf_block, step, block_number(j, k, i)};
+        if (auto sent =
+                links_.send(peer(k), key,
+                            bytes_of(stack_[i] + theirs[j].begin, theirs[j].end - theirs[j].begin));
+            !sent)
+          return sent;
+      }
     }
   }
 
-  // My range: everyone's blocks in leaf order, mine in place, the others' into scratch buffers.
-  const auto [begin, end] = range_of(count, replica_, replicas);
+  float* root = take_buffer();
+  const auto& mine = shares_[static_cast<std::size_t>(replica_)];
+  for (std::size_t j = 0; j < mine.size(); ++j) {
+    if (auto done = reduce_stretch(step, j, root); !done) {
+      free_.push_back(root);
+      return done;
+    }
+  }
+  for (float* p : stack_) free_.push_back(p);
+  stack_.assign(1, root);
+
+  // To all; or, where the moments are shared out, to the neighbours that keep a copy of them.
+  const bool is_shared_out = !owner_of_.empty();
+  const auto needs = [&](int from, int to) {
+    return !is_shared_out || (to - from + replicas) % replicas <= spec_.elasticity.copies;
+  };
+  for (int r = 0; r < replicas; ++r) {
+    if (r == replica_ || !needs(replica_, r)) continue;
+    for (std::size_t j = 0; j < mine.size(); ++j) {
+      const link_key key{link_tag::reduced_range, step, block_number(j, replica_, 0)};
+      if (auto sent = links_.send(peer(r), key,
+                                  bytes_of(root + mine[j].begin, mine[j].end - mine[j].begin));
+          !sent)
+        return sent;
+    }
+  }
+  for (int r = 0; r < replicas; ++r) {
+    if (r == replica_ || !needs(r, replica_)) continue;
+    const auto& theirs = shares_[static_cast<std::size_t>(r)];
+    for (std::size_t j = 0; j < theirs.size(); ++j) {
+      const link_key key{link_tag::reduced_range, step, block_number(j, r, 0)};
+      if (auto got = links_.receive(
+              peer(r), key, writable(root + theirs[j].begin, theirs[j].end - theirs[j].begin));
+          !got)
+        return got;
+    }
+  }
+  return ok();
+}
+
+/// One stretch of mine: everyone's blocks in leaf order, mine in place, the others' into scratch
+/// buffers.
+result<void> step_runner::reduce_stretch(std::uint64_t step, std::size_t index, float* root) {
+  const int replicas = plan_.shape.replica_count;
+  const std::int64_t count = stage_.gradient_count();
+  const auto [begin, end] = shares_[static_cast<std::size_t>(replica_)][index];
   const std::int64_t mine = end - begin;
   std::vector<tree_node> nodes;
   std::vector<float*> values;
   std::vector<float*> scratch;
-  // Several blocks fit one whole-stage buffer, since a range is a replicas-th part of it.
+  // Several blocks fit one whole-stage buffer, since a stretch is a part of it.
   const std::int64_t per_buffer =
       std::max<std::int64_t>(1, count / std::max<std::int64_t>(1, mine));
   std::int64_t received = 0;
@@ -289,9 +375,9 @@ result<void> step_runner::reduce_replicas(std::uint64_t step) {
       if (at == 0) scratch.push_back(take_buffer());
       float* into = scratch.back() + at * mine;
       values.push_back(into);
-      const link_key key{link_tag::leaf_block, step,
-                         static_cast<std::uint64_t>(replica_) << 32 | i};
-      if (auto got = links_.receive(peer(r), key, writable(into, mine)); !got) {
+      const link_key key{link_tag::leaf_block, step, block_number(index, replica_, i)};
+      if (auto got = links_.receive(plan_.rank_of(stage_index_, r), key, writable(into, mine));
+          !got) {
         for (float* p : scratch) free_.push_back(p);
         return got;
       }
@@ -299,24 +385,8 @@ result<void> step_runner::reduce_replicas(std::uint64_t step) {
   }
   for (const merge& m : merge_order(nodes, spec_.batch.leaf_count))
     device_.add(values[m.into], values[m.into], values[m.from], mine);
-  float* root = take_buffer();
   device_.copy(root + begin, values[0], mine);
   for (float* p : scratch) free_.push_back(p);
-  for (float* p : stack_) free_.push_back(p);
-  stack_.assign(1, root);
-
-  for (int r = 0; r < replicas; ++r) {
-    if (r == replica_) continue;
-    const link_key key{link_tag::reduced_range, step, static_cast<std::uint64_t>(replica_)};
-    if (auto sent = links_.send(peer(r), key, bytes_of(root + begin, mine)); !sent) return sent;
-  }
-  for (int r = 0; r < replicas; ++r) {
-    if (r == replica_) continue;
-    const auto [first, last] = range_of(count, r, replicas);
-    const link_key key{link_tag::reduced_range, step, static_cast<std::uint64_t>(r)};
-    if (auto got = links_.receive(peer(r), key, writable(root + first, last - first)); !got)
-      return got;
-  }
   return ok();
 }
 
@@ -324,6 +394,7 @@ result<void> step_runner::tie_gradients(std::uint64_t step) {
   const gradient_slot* embed = find_slot(stage_, "wte.weight@embed");
   const gradient_slot* head = find_slot(stage_, "wte.weight@head");
   if (embed == nullptr && head == nullptr) return ok();
+  if (!keeps((embed != nullptr ? embed : head)->tensor_index, replica_)) return ok();
   float* root = stack_.front();
   // One fixed order of the two terms, head + embed, whoever computes it.
   if (embed != nullptr && head != nullptr) {
@@ -362,7 +433,7 @@ result<vote_result> step_runner::vote(std::uint64_t step, std::uint64_t chain,
   const float* root = stack_.front();
   for (const gradient_slot& slot : stage_.gradient_layout()) {
     // The tied matrix counts once: where the embedding is (both places hold the same sum).
-    if (slot.name == "wte.weight@head") continue;
+    if (slot.name == "wte.weight@head" || !keeps(slot.tensor_index, replica_)) continue;
     mine.squares.emplace_back(static_cast<std::uint32_t>(slot.tensor_index),
                               device_.sum_of_squares(root + slot.offset, slot.count));
   }
@@ -415,6 +486,33 @@ void step_runner::apply(const vote_result& vote) {
     stage_.apply(stack_.front(), scalars);
   }
   pending_step_ = 0;
+}
+
+result<void> step_runner::share_weights(const vote_result& vote) {
+  if (owner_of_.empty() || !vote.finite) return ok();
+  stopwatch watch(times_.apply_us);
+  const int replicas = plan_.shape.replica_count;
+  const auto key_of = [&vote](const tensor_info& t) {
+    return link_key{link_tag::weights, vote.step, static_cast<std::uint64_t>(t.index)};
+  };
+  for (const tensor_info& t : stage_.tensors()) {
+    if (owner_of_.at(t.index) != replica_) continue;
+    for (int r = 0; r < replicas; ++r) {
+      if (keeps(t.index, r)) continue;  // it replays the update itself
+      if (auto sent = links_.send(plan_.rank_of(stage_index_, r), key_of(t),
+                                  bytes_of(stage_.parameter(t.name), t.count()));
+          !sent)
+        return sent;
+    }
+  }
+  for (const tensor_info& t : stage_.tensors()) {
+    if (keeps(t.index, replica_)) continue;
+    if (auto got = links_.receive(plan_.rank_of(stage_index_, owner_of_.at(t.index)), key_of(t),
+                                  writable(stage_.parameter(t.name), t.count()));
+        !got)
+      return got;
+  }
+  return ok();
 }
 
 bool step_runner::takes_part_in_evaluation() const { return replica_ == 0; }

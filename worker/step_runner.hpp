@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -51,8 +52,12 @@ class step_runner {
   /// Forward, backward, reduction and vote of `step`; the state stands at step - 1 with this chain.
   /// Fails: cancelled (cancel() or the links'), unreachable (a link broke), conflict, corrupt.
   result<vote_result> compute(std::uint64_t step, std::uint64_t chain, const order_source& orders);
-  /// Applies the vote to the state. has_pending() must hold for vote.step.
+  /// Applies the vote to the tensors whose moments are here. has_pending() must hold for vote.step.
   void apply(const vote_result& vote);
+  /// After apply: with a sharded optimizer, owners give the updated parameters to the replicas that
+  /// have no moments of them; else nothing. Where it fails (cancelled, unreachable) the parameters
+  /// without moments here are of either step: they must come from their owners.
+  result<void> share_weights(const vote_result& vote);
   /// True while the reduced gradient of `step` is complete and not yet applied.
   bool has_pending(std::uint64_t step) const { return pending_step_ == step && step != 0; }
 
@@ -70,7 +75,12 @@ class step_runner {
   std::int64_t allocated_bytes() const;
 
  private:
+  struct stretch {
+    std::int64_t begin = 0, end = 0;
+  };
   float* take_buffer();
+  bool keeps(int tensor_index, int replica) const;
+  result<void> reduce_stretch(std::uint64_t step, std::size_t index, float* root);
   result<void> forward(const instruction& what);
   result<void> backward_input(const instruction& what);
   void backward_weight(const instruction& what);
@@ -88,6 +98,9 @@ class step_runner {
   backend& device_;
   token_reader train_, valid_;
   std::vector<instruction> table_;
+  // Sharded optimizer: by global tensor index of this stage, the replica that owns its moments.
+  std::map<int, int> owner_of_;
+  std::vector<std::vector<stretch>> shares_;  // by replica, of the flat gradient
   std::int64_t leaf_first_ = 0, leaf_last_ = 0, per_leaf_ = 1;
   int microbatches_ = 0, slot_count_ = 1;
 
