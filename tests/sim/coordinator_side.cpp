@@ -102,7 +102,6 @@ void cluster::carry_out(action& a) {
     }
     later(delay(ms, 300 * ms), answer);
   } else if (auto* m = std::get_if<actions::write_manifest>(&a)) {
-    const std::uint64_t job = value(m->job);
     if (are_faults_on_ && chance(rates_.disk_full)) {
       return later(delay(ms, 50 * ms), manifest_written{m->job, m->step, false, "disk full"});
     }
