@@ -1,4 +1,5 @@
-// Links over TCP and TLS. All socket code of links is here; link_frame has the bytes.
+// Links over TCP and TLS: the port, who comes in, and what a standing link carries. link_frame has
+// the bytes, connection_asio the sockets, peer_line_asio what comes in as a line.
 //
 // One io thread per server owns every socket, timer and list below ("io thread only"); callers'
 // threads touch only what a peer_link or set_state guards by its mutex, and post the rest. That
@@ -20,14 +21,8 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <boost/asio/connect.hpp>
-#include <boost/asio/io_context.hpp>
-#include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
-#include <boost/asio/read.hpp>
-#include <boost/asio/ssl.hpp>
 #include <boost/asio/steady_timer.hpp>
-#include <boost/asio/write.hpp>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -42,7 +37,9 @@
 
 #include "config/limits.hpp"
 #include "config/log.hpp"
+#include "worker/connection_asio.hpp"
 #include "worker/link_frame.hpp"
+#include "worker/peer_line_asio.hpp"
 
 namespace stagecoach {
 namespace {
@@ -120,76 +117,6 @@ class buffer_pool {
   std::size_t kept_ = 0;
 };
 
-std::string reason_of(const error_code& ec) {
-  if (ec == asio::error::eof || ec == asio::ssl::error::stream_truncated)
-    return "connection closed by the peer";
-  std::string text = ec.message();
-  if (!text.empty()) text[0] = static_cast<char>(std::tolower(static_cast<unsigned char>(text[0])));
-  return text;
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// One TCP connection, plain or TLS. io thread only. Handlers hold a shared_ptr to it.
-
-class connection : public std::enable_shared_from_this<connection> {
- public:
-  using io_done = std::function<void(error_code, std::size_t)>;
-
-  explicit connection(asio::io_context& io) : socket(io) {}
-
-  tcp::socket socket;
-  std::optional<asio::ssl::stream<tcp::socket&>> tls;
-  std::string far;             // "127.0.0.1:5000", for messages
-  std::string certified_name;  // common name of the peer's certificate, under TLS
-  bool closed = false;
-  steady::time_point since = steady::now();
-  std::array<std::byte, greeting_bytes> greeting_buffer{};
-  std::array<std::byte, reply_bytes> reply_buffer{};
-
-  void close() {
-    closed = true;
-    error_code ignored;
-    socket.close(ignored);
-  }
-  void finish_sending() {
-    error_code ignored;
-    socket.shutdown(tcp::socket::shutdown_send, ignored);
-  }
-  void read_some(asio::mutable_buffer into, io_done done) {
-    if (tls)
-      tls->async_read_some(into, std::move(done));
-    else
-      socket.async_read_some(into, std::move(done));
-  }
-  void read_all(asio::mutable_buffer into, io_done done) {
-    if (tls)
-      asio::async_read(*tls, into, std::move(done));
-    else
-      asio::async_read(socket, into, std::move(done));
-  }
-  template <class Buffers>
-  void write_all(const Buffers& from, io_done done) {
-    if (tls)
-      asio::async_write(*tls, from, std::move(done));
-    else
-      asio::async_write(socket, from, std::move(done));
-  }
-
-  /// After connect or accept.
-  void tune() {
-    error_code ignored;
-    socket.set_option(tcp::no_delay(true), ignored);
-    // SO_SNDBUF and SO_RCVBUF are left alone on purpose: setting them turns off the kernel's own
-    // sizing, which grows to tcp_rmem's maximum (6 MiB and more), while a set value stops at
-    // rmem_max (208 KiB on a stock Debian).
-    ::fcntl(socket.native_handle(), F_SETFD, FD_CLOEXEC);
-    const auto end = socket.remote_endpoint(ignored);
-    if (!ignored) far = fmt::format("{}:{}", end.address().to_string(), end.port());
-  }
-};
-
-using connection_ptr = std::shared_ptr<connection>;
-
 /// A sequence of buffers that copies as two pointers; the owner keeps the array until the write is
 /// done.
 struct buffer_range {
@@ -200,21 +127,6 @@ struct buffer_range {
   const asio::const_buffer* first;
   const asio::const_buffer* last;
 };
-
-// ---------------------------------------------------------------------------------------------------------
-// TLS: the rules are config/tls.hpp's; here only how they meet Asio.
-
-result<std::unique_ptr<asio::ssl::context>> make_tls(const tls_files& files, tls_side side) {
-  auto made = make_tls_context(files, side);
-  if (!made) return made.err();
-  return std::make_unique<asio::ssl::context>(*made);  // takes ownership
-}
-
-std::string tls_reason(connection& c, const error_code& ec) {
-  return "TLS: " + tls_failure(c.tls->native_handle(), reason_of(ec));
-}
-
-bool is_tls_error(const error_code& ec) { return ec.category() == asio::error::get_ssl_category(); }
 
 // ---------------------------------------------------------------------------------------------------------
 // State of one generation's links.
@@ -323,7 +235,12 @@ using set_ptr = std::shared_ptr<set_state>;
 
 class core {
  public:
-  explicit core(const link_server::options& o) : options_(o), acceptor_(io), timer_(io) {}
+  explicit core(const link_server::options& o)
+      : options_(o),
+        lines_(io, o.name, o.process,
+               [this](const connection_ptr& c, const std::string& why) { refuse(c, why); }),
+        acceptor_(io),
+        timer_(io) {}
 
   asio::io_context io{1};
   std::atomic<std::uint64_t> stale{0}, refused{0};
@@ -331,6 +248,7 @@ class core {
 
   bool on_io_thread() const { return io_thread.load() == std::this_thread::get_id(); }
   const link_server::options& options() const { return options_; }
+  peer_line& lines() { return lines_; }
 
   result<std::uint16_t> listen() {
     if (!options_.tls.empty()) {
@@ -340,6 +258,7 @@ class core {
       if (!client) return client.err();
       tls_server_ = *std::move(server);
       tls_client_ = *std::move(client);
+      lines_.use(tls_client_.get());
     }
     error_code ec;
     tcp::endpoint at;
@@ -426,6 +345,7 @@ class core {
     for (const auto& c : ungreeted_) c->close();
     for (const auto& c : leaving_) c->close();
     for (const auto& entry : room_) entry.link->close();
+    lines_.shut_down();
     ungreeted_.clear();
     leaving_.clear();
     room_.clear();
@@ -544,25 +464,43 @@ class core {
                   if (c->closed) return;
                   if (ec && count == 0 && !c->tls) return forget(c);  // somebody asked if we live
                   if (ec) return refuse(c, "greeting: " + reason_of(ec));
-                  const std::span<const std::byte, greeting_bytes> all(c->greeting_buffer);
+                  const std::span all(c->greeting_buffer);
                   auto prelude = check_greeting_prelude(all.first<greeting_prelude_bytes>());
                   if (!prelude && prelude.err().code == errc::conflict)
                     return refuse(c, prelude.err().message, link_verdict::wrong_version);
                   if (!prelude) return refuse(c, prelude.err().message);
-                  read_greeting_body(c);
+                  read_greeting_body(c, *prelude);
                 });
   }
 
-  void read_greeting_body(const connection_ptr& c) {
-    c->read_all(
-        asio::buffer(c->greeting_buffer.data() + greeting_prelude_bytes, greeting_body_bytes),
-        [this, c](error_code ec, std::size_t) {
-          if (c->closed) return;
-          if (ec) return refuse(c, "greeting: " + reason_of(ec));
-          auto greeting = decode_greeting(c->greeting_buffer);
-          if (!greeting) return refuse(c, greeting.err().message, link_verdict::wrong_rank);
-          greeted(c, *greeting);
-        });
+  void read_greeting_body(const connection_ptr& c, greeting_kind kind) {
+    const std::size_t body =
+        kind == greeting_kind::link ? greeting_body_bytes : line_greeting_body_bytes;
+    c->read_all(asio::buffer(c->greeting_buffer.data() + greeting_prelude_bytes, body),
+                [this, c, kind](error_code ec, std::size_t) {
+                  if (c->closed) return;
+                  if (ec) return refuse(c, "greeting: " + reason_of(ec));
+                  if (kind == greeting_kind::line) return greeted_by_line(c);
+                  auto greeting =
+                      decode_greeting(std::span(c->greeting_buffer).first<greeting_bytes>());
+                  if (!greeting) return refuse(c, greeting.err().message, link_verdict::wrong_rank);
+                  greeted(c, *greeting);
+                });
+  }
+
+  void greeted_by_line(const connection_ptr& c) {
+    auto greeting = decode_line_greeting(c->greeting_buffer);
+    if (!greeting) return refuse(c, greeting.err().message);
+    if (greeting->to != options_.process)
+      return refuse(c, fmt::format("a line to process {}; this is another", greeting->to),
+                    link_verdict::wrong_process);
+    if (c->tls && c->certified_name != greeting->name)
+      return refuse(c,
+                    fmt::format("certificate is of worker '{}'; its line says '{}'",
+                                c->certified_name, greeting->name),
+                    link_verdict::wrong_name);
+    ungreeted_.remove(c);
+    lines_.accepted(c, *greeting);
   }
 
   void greeted(const connection_ptr& c, const link_greeting& greeting) {
@@ -717,59 +655,20 @@ class core {
     p.trial = c;
     p.trial_since = steady::now();
     p.trial_greeted = false;
-    error_code ec;
-    const auto address = asio::ip::make_address(peer.host, ec);
-    if (!ec) {
-      c->socket.async_connect(tcp::endpoint(address, peer.port), [this, set, to, c](error_code ec) {
-        if (c->closed) return;
-        connected(set, to, c, ec);
-      });
-      return;
-    }
-    auto resolver = std::make_shared<tcp::resolver>(io);
-    resolver->async_resolve(
-        peer.host, std::to_string(peer.port),
-        [this, set, to, c, resolver](error_code ec, const tcp::resolver::results_type& found) {
-          if (c->closed) return;
-          if (ec) return failed_dial(set, to, c, errc::unreachable, reason_of(ec));
-          asio::async_connect(c->socket, found, [this, set, to, c](error_code ec, const auto&) {
-            if (c->closed) return;
-            connected(set, to, c, ec);
-          });
-        });
-  }
-
-  void connected(const set_ptr& set, int to, const connection_ptr& c, error_code ec) {
-    if (ec) return failed_dial(set, to, c, errc::unreachable, reason_of(ec));
-    // A connect to a free port of the ephemeral range can meet itself when the kernel picks that
-    // very port as its source; it would then hold the port that the peer wants to listen on.
-    error_code ignored;
-    if (c->socket.local_endpoint(ignored) == c->socket.remote_endpoint(ignored))
-      return failed_dial(set, to, c, errc::unreachable, "connection refused");
-    c->tune();
-    if (!tls_client_) return send_greeting(set, to, c);
-    c->tls.emplace(c->socket, *tls_client_);
-    c->tls->async_handshake(asio::ssl::stream_base::client, [this, set, to, c](error_code ec) {
-      if (c->closed) return;
-      if (ec)
-        return failed_dial(set, to, c, is_tls_error(ec) ? errc::unauthorised : errc::unreachable,
-                           tls_reason(*c, ec));
-      const peer_identity who = peer_of(c->tls->native_handle());
-      const std::string& expected = set->peers[static_cast<std::size_t>(to)].name;
-      if (who.what != tls_role::worker || (!expected.empty() && who.name != expected))
-        return failed_dial(set, to, c, errc::unauthorised,
-                           fmt::format("its certificate is of '{}' with role '{}'; expected '{}' "
-                                       "with role 'worker'",
-                                       who.name, to_string(who.what), expected));
-      send_greeting(set, to, c);
-    });
+    stagecoach::dial(io, c, peer.host, peer.port, tls_client_.get(), peer.name,
+                     [this, set, to, c](const std::optional<dial_failure>& failure) {
+                       if (failure) return failed_dial(set, to, c, failure->code, failure->cause);
+                       send_greeting(set, to, c);
+                     });
   }
 
   void send_greeting(const set_ptr& set, int to, const connection_ptr& c) {
-    c->greeting_buffer = encode(link_greeting{set->identity, static_cast<std::uint32_t>(set->rank),
-                                              static_cast<std::uint32_t>(to),
-                                              static_cast<std::uint32_t>(set->size())});
-    c->write_all(asio::buffer(c->greeting_buffer), [this, set, to, c](error_code ec, std::size_t) {
+    const auto greeting = encode(link_greeting{set->identity, static_cast<std::uint32_t>(set->rank),
+                                               static_cast<std::uint32_t>(to),
+                                               static_cast<std::uint32_t>(set->size())});
+    std::copy(greeting.begin(), greeting.end(), c->greeting_buffer.begin());
+    const auto bytes = asio::buffer(c->greeting_buffer.data(), greeting.size());
+    c->write_all(bytes, [this, set, to, c](error_code ec, std::size_t) {
       if (c->closed) return;
       if (ec) return failed_dial(set, to, c, errc::unreachable, reason_of(ec));
       // From here the peer may let us wait until it opens the generation.
@@ -1059,6 +958,7 @@ class core {
     // unread in the sockets, so their silence is our own.
     const bool stood_still = now - last_tick_ > options_.suspect_after / 2;
     last_tick_ = now;
+    lines_.tick(now, stood_still);
     for (const set_ptr& set : std::vector(sets_)) {
       if (set->now == phase::opening && now >= set->deadline) {
         for (int peer = 0; peer < set->size(); ++peer)
@@ -1132,6 +1032,7 @@ class core {
   // public).
   link_server::options options_;
   std::unique_ptr<asio::ssl::context> tls_server_, tls_client_;  // null: no TLS
+  peer_lines lines_;
   tcp::acceptor acceptor_;
   asio::steady_timer timer_;
   std::optional<asio::steady_timer> accept_pause_;
@@ -1344,6 +1245,8 @@ class asio_link_server final : public link_server {
     return std::unique_ptr<link_set>(std::make_unique<asio_links>(core_, set));
   }
 
+  peer_line& line() override { return core_->lines(); }
+
   void abandon(job_id job) override {
     asio::post(core_->io, [c = core_.get(), job] { c->abandon(job); });
   }
@@ -1360,6 +1263,10 @@ class asio_link_server final : public link_server {
 }  // namespace
 
 result<std::unique_ptr<link_server>> link_server::start(const options& o) {
+  if (!o.process.empty() && (!is_process(o.process) || !is_worker_name(o.name)))
+    return make_error(errc::usage,
+                      "worker name '{}' of {} bytes. fix: a printable name of at most {} bytes",
+                      o.name, o.name.size(), limits::name_bytes_max);
   auto server = std::make_unique<asio_link_server>(o);
   if (auto begun = server->begin(); !begun) return begun.err();
   return std::unique_ptr<link_server>(std::move(server));

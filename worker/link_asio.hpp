@@ -21,6 +21,7 @@
 #include "config/result.hpp"
 #include "config/tls.hpp"
 #include "worker/link.hpp"
+#include "worker/peer_line.hpp"
 
 namespace stagecoach {
 
@@ -38,6 +39,8 @@ class link_server {
     std::string host = "127.0.0.1";
     std::uint16_t port = 0;  // 0: any free one
     tls_files tls;           // mutual: both ends must show role `worker`
+    std::string name;        // of this worker, for its line
+    process_id process;      // of this worker; empty: nobody reaches it by a line
     std::chrono::milliseconds beat{100};
     std::chrono::milliseconds suspect_after{1000};
     std::chrono::milliseconds connect_within{5000};
@@ -60,6 +63,9 @@ class link_server {
       std::function<void(int peer, peer_event what, std::string why)> on_event) = 0;
   /// Makes an open() in progress for this job return cancelled; a set that stands is left alone.
   virtual void abandon(job_id job) = 0;
+
+  /// Of this worker to all others; lives as long as the server.
+  virtual peer_line& line() = 0;
 
   virtual std::uint64_t stale_frames() const = 0;  // dropped: other identity
   virtual std::uint64_t refused_connections() const = 0;

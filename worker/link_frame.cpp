@@ -2,15 +2,24 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
+
 #include "config/limits.hpp"
 
 namespace stagecoach {
 namespace {
 
-// As text: "SLG1", "SLR1", "SLF1". Not printable protocols' first letters (GET, SSH, 0x16 of TLS).
+// As text: "SLG1", "SLL1", "SLR1", "SLF1", "SLM1". Not printable protocols' first letters (GET,
+// SSH, 0x16 of TLS).
 constexpr std::uint32_t greeting_magic = 0x31474c53;
+constexpr std::uint32_t line_greeting_magic = 0x314c4c53;
 constexpr std::uint32_t reply_magic = 0x31524c53;
 constexpr std::uint32_t frame_magic = 0x31464c53;
+constexpr std::uint32_t line_frame_magic = 0x314d4c53;
+
+constexpr std::size_t process_bytes = 32;
+constexpr std::size_t name_field_bytes = 64;
+static_assert(limits::name_bytes_max < static_cast<int>(name_field_bytes));
 
 // Byte by byte, so that the wire's order does not depend on the host's.
 class put {
@@ -19,6 +28,13 @@ class put {
   put& u16(std::uint16_t v) { return bytes(v, 2); }
   put& u32(std::uint32_t v) { return bytes(v, 4); }
   put& u64(std::uint64_t v) { return bytes(v, 8); }
+  /// Filled up with zeros.
+  put& text(const std::string& v, std::size_t field_bytes) {
+    invariant(v.size() <= field_bytes, "a text fits its field of a greeting");
+    for (std::size_t i = 0; i < field_bytes; ++i)
+      *to_++ = i < v.size() ? static_cast<std::byte>(v[i]) : std::byte{0};
+    return *this;
+  }
 
  private:
   put& bytes(std::uint64_t v, int count) {
@@ -34,6 +50,12 @@ class take {
   std::uint16_t u16() { return static_cast<std::uint16_t>(bytes(2)); }
   std::uint32_t u32() { return static_cast<std::uint32_t>(bytes(4)); }
   std::uint64_t u64() { return bytes(8); }
+  /// Up to the first zero.
+  std::string text(std::size_t field_bytes) {
+    std::string v(reinterpret_cast<const char*>(from_), field_bytes);
+    from_ += field_bytes;
+    return v.substr(0, v.find('\0'));
+  }
 
  private:
   std::uint64_t bytes(int count) {
@@ -63,33 +85,36 @@ std::array<std::byte, greeting_bytes> encode(const link_greeting& greeting) {
   return bytes;
 }
 
-result<void> check_greeting_prelude(std::span<const std::byte, greeting_prelude_bytes> bytes) {
+result<greeting_kind> check_greeting_prelude(
+    std::span<const std::byte, greeting_prelude_bytes> bytes) {
   take in(bytes.data());
   const auto magic = in.u32();
   const auto version = in.u32();
   const auto length = in.u32();
-  if (magic != greeting_magic)
+  if (magic != greeting_magic && magic != line_greeting_magic)
     return make_error(
         errc::bad_input,
-        "first bytes {:08x} are no link greeting ({:08x}). fix: only workers may use a "
+        "first bytes {:08x} are no greeting ({:08x}, {:08x}). fix: only workers may use a "
         "worker's link port",
-        magic, greeting_magic);
+        magic, greeting_magic, line_greeting_magic);
   if (version != link_protocol_version)
     return make_error(
         errc::conflict,
         "link protocol version {}; this worker speaks {}. fix: run one release on all "
         "workers of a job",
         version, link_protocol_version);
-  if (length != greeting_body_bytes)
-    return make_error(length > greeting_body_bytes ? errc::too_large : errc::bad_input,
-                      "greeting announces {} bytes; version {} has {}", length, version,
-                      greeting_body_bytes);
-  return ok();
+  const std::size_t body = magic == greeting_magic ? greeting_body_bytes : line_greeting_body_bytes;
+  if (length != body)
+    return make_error(length > body ? errc::too_large : errc::bad_input,
+                      "greeting announces {} bytes; version {} has {}", length, version, body);
+  return magic == greeting_magic ? greeting_kind::link : greeting_kind::line;
 }
 
 result<link_greeting> decode_greeting(std::span<const std::byte, greeting_bytes> bytes) {
-  if (auto prelude = check_greeting_prelude(bytes.first<greeting_prelude_bytes>()); !prelude)
-    return prelude.err();
+  const auto prelude = check_greeting_prelude(bytes.first<greeting_prelude_bytes>());
+  if (!prelude) return prelude.err();
+  if (*prelude != greeting_kind::link)
+    return make_error(errc::bad_input, "greeting of a line where a link's is expected");
   take in(bytes.data() + greeting_prelude_bytes);
   link_greeting greeting;
   greeting.identity.job = job_id{in.u64()};
@@ -108,6 +133,50 @@ result<link_greeting> decode_greeting(std::span<const std::byte, greeting_bytes>
         "greeting from rank {} to rank {} of {}; the lower rank dials the higher, and "
         "at most {} ranks exist",
         greeting.from_rank, greeting.to_rank, greeting.size, limits::worker_count_max);
+  return greeting;
+}
+
+bool is_process(const std::string& text) {
+  return text.size() == process_bytes &&
+         text.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
+bool is_worker_name(const std::string& text) {
+  return !text.empty() && text.size() <= static_cast<std::size_t>(limits::name_bytes_max) &&
+         std::none_of(text.begin(), text.end(), [](char c) {
+           const auto byte = static_cast<unsigned char>(c);
+           return byte < 0x20 || byte == 0x7f;
+         });
+}
+
+std::array<std::byte, line_greeting_bytes> encode(const line_greeting& greeting) {
+  std::array<std::byte, line_greeting_bytes> bytes{};
+  put out(bytes.data());
+  out.u32(line_greeting_magic).u32(link_protocol_version).u32(line_greeting_body_bytes).u32(0);
+  out.text(greeting.from, process_bytes)
+      .text(greeting.to, process_bytes)
+      .text(greeting.name, name_field_bytes);
+  out.u64(hash(bytes.data(), line_greeting_bytes - 8));
+  return bytes;
+}
+
+result<line_greeting> decode_line_greeting(std::span<const std::byte, line_greeting_bytes> bytes) {
+  const auto prelude = check_greeting_prelude(bytes.first<greeting_prelude_bytes>());
+  if (!prelude) return prelude.err();
+  if (*prelude != greeting_kind::line)
+    return make_error(errc::bad_input, "greeting of a link where a line's is expected");
+  take in(bytes.data() + greeting_prelude_bytes);
+  line_greeting greeting;
+  greeting.from = in.text(process_bytes);
+  greeting.to = in.text(process_bytes);
+  greeting.name = in.text(name_field_bytes);
+  if (in.u64() != hash(bytes.data(), line_greeting_bytes - 8))
+    return make_error(errc::corrupt, "checksum of the greeting differs from its bytes");
+  if (!is_process(greeting.from) || !is_process(greeting.to) || !is_worker_name(greeting.name))
+    return make_error(errc::bad_input,
+                      "greeting of a line without two process ids of {} hex digits and a name of "
+                      "1 to {} bytes",
+                      process_bytes, limits::name_bytes_max);
   return greeting;
 }
 
@@ -131,6 +200,8 @@ const char* explain(link_verdict verdict) {
       return "this worker's certificate carries another worker's name";
     case link_verdict::wrong_role:
       return "this worker's certificate has another role than 'worker'";
+    case link_verdict::wrong_process:
+      return "another process answers there";
   }
   return "unknown verdict";
 }
@@ -156,7 +227,7 @@ result<link_reply> decode_reply(std::span<const std::byte, reply_bytes> bytes) {
         "answer {:08x} is no link reply ({:08x}). fix: check that host and port are a "
         "worker's link port, and that both ends use TLS or neither",
         magic, reply_magic);
-  if (verdict > static_cast<std::uint32_t>(link_verdict::wrong_role))
+  if (verdict > static_cast<std::uint32_t>(link_verdict::wrong_process))
     return make_error(errc::bad_input, "reply of version {} with unknown verdict {}", version,
                       verdict);
   return link_reply{version, static_cast<link_verdict>(verdict)};
@@ -219,6 +290,47 @@ result<frame_header> decode_frame(std::span<const std::byte, frame_header_bytes>
     return make_error(errc::too_large, "frame announces {} bytes; the largest of this plan is {}",
                       header.length, length_max);
   return header;
+}
+
+std::array<std::byte, line_frame_bytes> encode(const line_frame& frame) {
+  std::array<std::byte, line_frame_bytes> bytes{};
+  put out(bytes.data());
+  out.u32(line_frame_magic).u16(static_cast<std::uint16_t>(frame.kind)).u16(link_protocol_version);
+  out.u64(frame.number).u64(frame.length).u64(frame.checksum);
+  out.u64(hash(bytes.data(), line_frame_bytes - 8));
+  return bytes;
+}
+
+result<line_frame> decode_line_frame(std::span<const std::byte, line_frame_bytes> bytes) {
+  take in(bytes.data());
+  const auto magic = in.u32();
+  const auto kind = in.u16();
+  const auto version = in.u16();
+  line_frame frame;
+  frame.number = in.u64();
+  frame.length = in.u64();
+  frame.checksum = in.u64();
+  const auto header_checksum = in.u64();
+  if (magic != line_frame_magic)
+    return make_error(errc::bad_input, "bytes {:08x} where a frame of a line should begin ({:08x})",
+                      magic, line_frame_magic);
+  if (header_checksum != hash(bytes.data(), line_frame_bytes - 8))
+    return make_error(errc::corrupt, "checksum of the frame header differs from its bytes");
+  if (version != link_protocol_version)
+    return make_error(errc::bad_input, "frame of link protocol version {}; this worker speaks {}",
+                      version, link_protocol_version);
+  if (kind != static_cast<std::uint16_t>(line_kind::message) &&
+      kind != static_cast<std::uint16_t>(line_kind::arrived))
+    return make_error(errc::bad_input, "frame of a line with unknown kind {}", kind);
+  frame.kind = static_cast<line_kind>(kind);
+  if (frame.kind == line_kind::arrived && frame.length != 0)
+    return make_error(errc::bad_input, "receipt with {} bytes of text; receipts have none",
+                      frame.length);
+  if (frame.length > static_cast<std::uint64_t>(limits::control_message_bytes_max))
+    return make_error(errc::too_large,
+                      "message announces {} bytes; the limit is {} (config/limits.hpp)",
+                      frame.length, limits::control_message_bytes_max);
+  return frame;
 }
 
 std::uint64_t payload_checksum(std::span<const std::byte> payload) {

@@ -1,17 +1,22 @@
-// The bytes of a link: greeting, reply and frame header, encoded and checked.
+// The bytes between workers: greetings, reply and frame headers of links and lines, encoded and
+// checked.
 //
 // Promises that what decode accepts is within its bounds and whole (each carries an XXH3-64 of
 // itself), and that decoding allocates nothing. Knows no socket. All numbers little-endian.
 //
 //   dialler   -> acceptor   greeting   64 bytes: prelude of 16 (magic, version, length), body of 48
+//                       or for a line  152 bytes: the same prelude, body of 136
 //   acceptor  -> dialler    reply      16 bytes: magic, version, verdict
-//   both ways               frame      80 bytes of header, then `length` bytes of payload
+//   link, both ways         frame      80 bytes of header, then `length` bytes of payload
+//   line, dialler's         frame      40 bytes of header, then `length` bytes of text
+//   line, acceptor's        frame      40 bytes: which number has arrived
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "config/ids.hpp"
 #include "config/result.hpp"
@@ -43,11 +48,33 @@ struct link_greeting {
 
 std::array<std::byte, greeting_bytes> encode(const link_greeting& greeting);
 
-/// Fails: bad_input (not a greeting), conflict (another protocol version), too_large (announced
-/// length).
-result<void> check_greeting_prelude(std::span<const std::byte, greeting_prelude_bytes> bytes);
+enum class greeting_kind { link, line };
+
+/// Which greeting begins so.  Fails: bad_input (none), conflict (another protocol version),
+/// too_large (announced length).
+result<greeting_kind> check_greeting_prelude(
+    std::span<const std::byte, greeting_prelude_bytes> bytes);
 /// Fails: corrupt (checksum), bad_input (ranks that no generation has).
 result<link_greeting> decode_greeting(std::span<const std::byte, greeting_bytes> bytes);
+
+// ---- greeting of a line: which process dials which (worker/peer_line.hpp)
+
+inline constexpr std::size_t line_greeting_body_bytes = 136;
+inline constexpr std::size_t line_greeting_bytes =
+    greeting_prelude_bytes + line_greeting_body_bytes;
+
+struct line_greeting {
+  process_id from, to;
+  std::string name;  // the dialler's
+};
+
+/// What a greeting of a line can carry: 32 lower hex digits; a printable name within its limit.
+bool is_process(const std::string& text);
+bool is_worker_name(const std::string& text);
+
+std::array<std::byte, line_greeting_bytes> encode(const line_greeting& greeting);
+/// Fails: corrupt (checksum), bad_input (no process ids, no printable name).
+result<line_greeting> decode_line_greeting(std::span<const std::byte, line_greeting_bytes> bytes);
 
 // ---- reply: the acceptor's answer
 
@@ -58,9 +85,10 @@ enum class link_verdict : std::uint32_t {
   wrong_version,
   wrong_identity,  // this worker is in another generation or plan of the job
   wrong_rank,
-  duplicate,   // that rank's link stands already
-  wrong_name,  // certificate of another worker
-  wrong_role,  // certificate of no worker
+  duplicate,      // that rank's link stands already
+  wrong_name,     // certificate of another worker
+  wrong_role,     // certificate of no worker
+  wrong_process,  // another process than the one that is sought
 };
 
 /// For messages: "this worker is in another generation or plan of the job".
@@ -97,6 +125,23 @@ std::array<std::byte, frame_header_bytes> encode(const frame_header& header);
 /// (length).
 result<frame_header> decode_frame(std::span<const std::byte, frame_header_bytes> bytes,
                                   std::uint64_t length_max);
+
+// ---- frame of a line
+
+enum class line_kind : std::uint16_t { message = 1, arrived = 2 };
+
+inline constexpr std::size_t line_frame_bytes = 40;
+
+struct line_frame {
+  line_kind kind = line_kind::message;
+  std::uint64_t number = 0;    // of the message; arrived: the newest that came, with all before it
+  std::uint64_t length = 0;    // bytes of text; 0 with arrived
+  std::uint64_t checksum = 0;  // XXH3-64 of the text
+};
+
+std::array<std::byte, line_frame_bytes> encode(const line_frame& frame);
+/// Fails: bad_input (not a frame of a line, unknown kind), corrupt (checksum), too_large (length).
+result<line_frame> decode_line_frame(std::span<const std::byte, line_frame_bytes> bytes);
 
 std::uint64_t payload_checksum(std::span<const std::byte> payload);
 

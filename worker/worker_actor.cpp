@@ -126,7 +126,10 @@ class running_worker : public worker {
           options.link_host);
     name_ = options.name.empty() ? fmt::format("{}-{}", host_name(), getpid()) : options.name;
 
+    const process_id process = random_process_id();
     link_server::options link_options;
+    link_options.name = name_;
+    link_options.process = process;
     link_options.host = options.link_host;
     link_options.port = options.link_port;
     link_options.tls = options.tls;
@@ -136,7 +139,7 @@ class running_worker : public worker {
 
     worker_identity identity;
     identity.name = name_;
-    identity.process = random_process_id();
+    identity.process = process;
     identity.host = host_name();
     identity.link_host = options.link_host;
     identity.link_port = world_.links->port();

@@ -1,5 +1,5 @@
-// Fuzz target of the link's bytes: greeting, reply and frame header from anybody who reaches the
-// port.
+// Fuzz target of the bytes at a worker's link port: greetings, reply and frame headers of links and
+// lines, from anybody who reaches it.
 //
 // libFuzzer: clang++ -fsanitize=fuzzer,address -DSTAGECOACH_LIBFUZZER. Without it, main() below
 // runs a fixed number of seeded mutations of valid bytes, so that it runs under any compiler and in
@@ -48,6 +48,17 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     if (h && h->length > length_max) std::abort();
     return h;
   });
+  try_decode<line_greeting_bytes>(data, size, [](const auto& b) {
+    auto g = decode_line_greeting(b);
+    if (g && (!is_process(g->from) || !is_process(g->to) || !is_worker_name(g->name))) std::abort();
+    return g;
+  });
+  try_decode<line_frame_bytes>(data, size, [](const auto& b) {
+    auto f = decode_line_frame(b);
+    if (f && f->length > static_cast<std::uint64_t>(limits::control_message_bytes_max))
+      std::abort();
+    return f;
+  });
   return 0;
 }
 
@@ -66,6 +77,9 @@ int main(int argc, char** argv) {
       vector_of(encode(link_reply{})),
       vector_of(encode(frame_header{})),
       vector_of(encode(frame_header{frame_kind::beat, {job_id{1}, {2, 3}}})),
+      vector_of(encode(line_greeting{process_id(32, 'a'), process_id(32, '7'), "worker-3"})),
+      vector_of(encode(line_frame{line_kind::message, 7, 1000, 5})),
+      vector_of(encode(line_frame{line_kind::arrived, 7})),
   };
   for (long i = 0; i < count; ++i) {
     auto bytes = seeds[below(seeds.size())];
