@@ -8,14 +8,13 @@ import os
 import pathlib
 import random
 import shutil
-import signal
-import ssl
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tools"))
+import live_cluster
+from live_cluster import make_text
 
 PROGRAM = os.path.abspath(sys.argv[1])
 GROUP = sys.argv[2]
@@ -33,13 +32,6 @@ def check(condition, words):
     if not condition:
         FAILURES.append(words)
     say(("ok      " if condition else "FAILED  ") + words)
-
-
-def make_text(path):
-    """Words from a fixed rule: no file of this machine is needed."""
-    words = "stage coach the wheel turns and road is long train on horses rest at dusk".split()
-    source = random.Random(7)
-    path.write_text("\n".join(" ".join(source.choice(words) for _ in range(12)) for _ in range(900)) + "\n")
 
 
 JOB = """version: 1
@@ -67,124 +59,11 @@ def explicit(stages, replicas, schedule="1f1b"):
     return f"parallelism: {{mode: explicit, stages: {stages}, replicas: {replicas}, schedule: {schedule}}}"
 
 
-class Cluster:
-    """identity: from a name (coordinator, alice, w1, ...) to TLS flags; None: plain ports."""
+class Cluster(live_cluster.Cluster):
+    """A cluster in a folder of this test's own."""
 
     def __init__(self, name, environment=None, identity=None):
-        self.folder = ROOT / name
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        self.environment = dict(os.environ, **(environment or {}))
-        self.port = 0
-        self.workers = {}
-        self.count = 0
-        self.coordinator = None
-        self.identity = identity or (lambda name: [])
-        self.tls = None
-        if identity is not None:
-            _, ca, _, certificate, _, key = identity("alice")
-            self.tls = ssl.create_default_context(cafile=ca)
-            self.tls.load_cert_chain(certificate, key)
-
-    def spawn(self, name, arguments):
-        log = open(self.folder / "logs" / f"{name}.log", "ab")
-        return subprocess.Popen([PROGRAM] + arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                env=self.environment)
-
-    def start_coordinator(self, *more):
-        port_file = self.folder / "port"
-        port_file.unlink(missing_ok=True)
-        self.coordinator = self.spawn("coordinator", [
-            "coordinator", "--state", str(self.folder / "state"), "--listen", f"127.0.0.1:{self.port}",
-            "--port-file", str(port_file), *self.identity("coordinator"), *more])
-        until = time.time() + 30
-        while time.time() < until:
-            if port_file.exists():
-                self.port = int(port_file.read_text())
-                return
-            if self.coordinator.poll() is not None:
-                break
-            time.sleep(0.01)
-        raise RuntimeError("the coordinator did not start:\n" + self.log("coordinator"))
-
-    def log(self, name):
-        return (self.folder / "logs" / f"{name}.log").read_text(errors="replace")[-3000:]
-
-    def start_worker(self, *more):
-        self.count += 1
-        name = f"w{self.count}"
-        self.workers[name] = self.spawn(name, ["worker", "--coordinator", f"127.0.0.1:{self.port}", "--name", name,
-                                               "--threads", "1", *self.identity(name), *more])
-        return name
-
-    def kill(self, name, number=signal.SIGKILL):
-        self.workers[name].send_signal(number)
-        if number == signal.SIGKILL:
-            self.workers.pop(name).wait()
-
-    def kill_coordinator(self):
-        self.coordinator.kill()
-        self.coordinator.wait()
-
-    def kill_all(self):
-        for process in [*self.workers.values(), self.coordinator]:
-            process.kill()
-        for process in [*self.workers.values(), self.coordinator]:
-            process.wait()
-        self.workers.clear()
-
-    def call(self, method, path, body=None):
-        data = None if body is None else json.dumps(body).encode()
-        scheme = "http" if self.tls is None else "https"
-        request = urllib.request.Request(f"{scheme}://127.0.0.1:{self.port}/api/v1{path}", data=data, method=method,
-                                         headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=10, context=self.tls) as reply:
-            return json.load(reply)
-
-    def job(self, name):
-        try:
-            return self.call("GET", f"/jobs/{name}")
-        except (urllib.error.URLError, OSError):
-            return {"state": "AWAY", "step": -1, "generation": -1}
-
-    def cli(self, *arguments):
-        return subprocess.run([PROGRAM, *arguments, "--coordinator", f"127.0.0.1:{self.port}",
-                               *self.identity("alice")], text=True, stdin=subprocess.DEVNULL, capture_output=True,
-                              timeout=120)
-
-    def submit(self, path):
-        done = self.cli("submit", path, "-d", "-q")
-        if done.returncode != 0:
-            raise RuntimeError(f"submit failed: {done.stdout}{done.stderr}")
-        return done.stdout.strip()
-
-    def wait(self, name, condition, seconds=120, words=""):
-        until = time.time() + seconds
-        view = {}
-        while time.time() < until:
-            view = self.job(name)
-            if condition(view):
-                return view
-            time.sleep(0.02)
-        raise RuntimeError(f"{name}: {words or 'condition'} not reached in {seconds} s; last: "
-                           f"{ {k: view.get(k) for k in ('state', 'step', 'generation', 'reason')} }\n"
-                           + self.log("coordinator"))
-
-    def wait_step(self, name, step):
-        return self.wait(name, lambda v: v["state"] in ("COMPLETED", "FAILED") or
-                         (v["state"] == "RUNNING" and v["step"] >= step), words=f"step {step}")
-
-    def finish(self, name, seconds=180):
-        return self.wait(name, lambda v: v["state"] in ("COMPLETED", "FAILED", "CANCELLED"), seconds, "the end")
-
-    def members(self, name):
-        return [m["name"] for m in self.job(name)["plan"]["members"]]
-
-    def close(self):
-        for process in [*self.workers.values(), self.coordinator]:
-            if process is not None and process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-                process.wait()
+        super().__init__(PROGRAM, ROOT / name, environment, identity)
 
 
 def run(name, path, workers, disturb=None, environment=None):
