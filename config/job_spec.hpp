@@ -91,8 +91,12 @@ struct elasticity_spec {
   std::string on_loss = "replace";  // "replace" (spare, else shrink) | "shrink" | "wait"
   std::int64_t wait_for_min_ms = 600'000;
   int max_failures = 100;  // per hour; beyond it the job fails
-  int copies = 0;          // of each stage's state in a neighbour's memory, where no replica has it
-  bool patrol = false;     // an idle worker computes steps again and compares
+  // Neighbours that keep a stage's state too where no replica does (model/copies.hpp). They are
+  // given its reduced gradient, 4 B per parameter and step, and replay the optimizer: nothing is
+  // ever redone. State every k steps would be 12/k B, but as much memory again on every worker, and
+  // up to k steps redone (docs/measurements has both).
+  int copies = 0;
+  bool patrol = false;  // an idle worker computes steps again and compares
   bool operator==(const elasticity_spec&) const = default;
 };
 

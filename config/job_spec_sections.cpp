@@ -332,7 +332,7 @@ void spec_reader::read_elasticity(section& top) {
     else
       e.max_failures = static_cast<int>(*count);
   }
-  refuse(s, "copies", {"0"}, "copies: 0; durable checkpoints and replicas hold the copies");
+  read_small(s, "copies", e.copies, 0, 2);
   finish(s);
 }
 

@@ -107,6 +107,7 @@ std::string write_job_spec_yaml(const job_spec& s) {
   line("  on_loss: {}", s.elasticity.on_loss);
   line("  wait_for_min: {}", format_duration_ms(s.elasticity.wait_for_min_ms));
   line("  max_failures: {} per 1h", s.elasticity.max_failures);
+  line("  copies: {}", s.elasticity.copies);
   line("checkpoint:");
   std::vector<std::string> every;
   if (s.checkpoint.every_steps > 0)

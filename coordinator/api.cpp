@@ -172,6 +172,7 @@ json job_json(const api_state& s, const job_facts& f) {
   j["step_ms"] = f.step_s > 0 ? json(f.step_s * 1e3) : json(nullptr);
   j["tokens_per_step"] = static_cast<std::uint64_t>(f.tokens_per_step);
   j["survives_losses"] = v.losses_survived;
+  j["weakest"] = v.weakest;
   j["device_class"] = record.device_class;
   j["parameters"] = parameter_count(record.spec.model);
   // Time in steps that counted, of all time since the start.

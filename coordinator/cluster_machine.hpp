@@ -213,7 +213,7 @@ STAGECOACH_FIELDS(job_view, v("id", m.id), v("name", m.name), v("state", m.state
                   v("saved_unix_ms", m.saved_unix_ms), v("recovery_count", m.recovery_count),
                   v("redone_steps", m.redone_steps), v("divergences", m.divergences),
                   v("stale_messages", m.stale_messages), v("losses_survived", m.losses_survived),
-                  v("last_recovery_ms", m.last_recovery_ms),
+                  v("weakest", m.weakest), v("last_recovery_ms", m.last_recovery_ms),
                   v("submitted_unix_ms", m.submitted_unix_ms),
                   v("started_unix_ms", m.started_unix_ms), v("ended_unix_ms", m.ended_unix_ms),
                   v("members", m.members))

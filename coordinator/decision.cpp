@@ -7,6 +7,7 @@
 #include <tuple>
 #include <utility>
 
+#include "model/copies.hpp"
 #include "model/tensor_names.hpp"
 
 namespace stagecoach {
@@ -32,13 +33,16 @@ struct stand {
 class chooser {
  public:
   chooser(const job_spec& spec, const layout& shape, const std::vector<candidate>& candidates)
-      : sizes_(all_tensor_sizes(spec.model)), shape_(shape), candidates_(candidates) {
+      : spec_(spec), sizes_(all_tensor_sizes(spec.model)), shape_(shape), candidates_(candidates) {
     for (std::size_t i = 0; i < sizes_.size(); ++i) indices_[sizes_[i].name] = static_cast<int>(i);
     for (int stage = 0; stage < shape.stage_count; ++stage) {
       const auto at = static_cast<std::size_t>(stage);
       stages_.push_back(
           stage_tensor_indices(spec.model, shape.unit_cuts[at], shape.unit_cuts[at + 1]));
     }
+    // As if all stood on one host: who sits where is not known yet, and this only weighs seats.
+    const std::vector<std::string> hosts(static_cast<std::size_t>(shape.worker_count()));
+    for (int stage = 0; stage < shape.stage_count; ++stage) wants_.push_back(needs(stage, hosts));
   }
 
   std::optional<live_choice> choose(const stand& at) const {
@@ -68,6 +72,14 @@ class chooser {
   }
 
  private:
+  /// What the holder of a rank must hold: its stage, then the copies that it keeps.
+  std::vector<int> needs(int rank, const std::vector<std::string>& hosts) const {
+    std::vector<int> tensors = stages_[static_cast<std::size_t>(rank % shape_.stage_count)];
+    for (const kept_copy& copy : copies_kept(spec_, shape_, hosts, rank))
+      tensors.insert(tensors.end(), copy.tensors.begin(), copy.tensors.end());
+    return tensors;
+  }
+
   std::int64_t size(int tensor) const { return sizes_[static_cast<std::size_t>(tensor)].count; }
 
   std::vector<holder> holders_of(const stand& at, bool is_vote_known) const {
@@ -137,7 +149,7 @@ class chooser {
     return chosen;
   }
 
-  /// Each to the stage of which it holds the most.
+  /// Each to the stage of which, with the copies kept there, it holds the most.
   std::vector<int> sit(const std::vector<int>& chosen,
                        const std::map<int, const holder*>& held) const {
     // (elements held, worker, stage, candidate): most first, then by id.
@@ -147,7 +159,7 @@ class chooser {
       for (int stage = 0; stage < shape_.stage_count; ++stage) {
         std::int64_t overlap = 0;
         if (const auto h = held.find(c); h != held.end()) {
-          for (const int t : stages_[static_cast<std::size_t>(stage)]) {
+          for (const int t : wants_[static_cast<std::size_t>(stage)]) {
             if (h->second->tensors[static_cast<std::size_t>(t)] != 0) overlap += size(t);
           }
         }
@@ -176,8 +188,10 @@ class chooser {
       const auto h = held.find(by_rank[rank]);
       return h != held.end() && h->second->tensors[static_cast<std::size_t>(tensor)] != 0;
     };
+    std::vector<std::string> hosts;
+    for (const int c : by_rank) hosts.push_back(candidates_[static_cast<std::size_t>(c)].link_host);
     for (std::size_t to = 0; to < by_rank.size(); ++to) {
-      for (const int tensor : stages_[to % static_cast<std::size_t>(shape_.stage_count)]) {
+      for (const int tensor : needs(static_cast<int>(to), hosts)) {
         if (holds(to, tensor)) continue;
         // The least busy sender, so that one survivor does not feed all joiners alone.
         std::size_t from = by_rank.size();
@@ -195,9 +209,10 @@ class chooser {
     return list;
   }
 
+  const job_spec& spec_;
   std::vector<tensor_size> sizes_;
   std::map<std::string, int> indices_;
-  std::vector<std::vector<int>> stages_;
+  std::vector<std::vector<int>> stages_, wants_;
   const layout& shape_;
   const std::vector<candidate>& candidates_;
 };

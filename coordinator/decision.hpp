@@ -19,6 +19,7 @@ namespace stagecoach {
 struct candidate {
   worker_id worker{};
   prepared answer;
+  std::string link_host{};  // as in plan_member; copies stand on other hosts where there are some
 };
 
 /// by_rank: indices into the candidates.
@@ -31,7 +32,9 @@ struct live_choice {
 
 /// The newest step, at least step_min, of which shape.worker_count() of the candidates hold every
 /// tensor of the model, at that step or one before it with the reduced gradient kept and the vote
-/// known. Members sit where they need the least from others; ties by worker id. None: no such step.
+/// known. Members sit where they need the least from others; ties by worker id. Transfers bring
+/// what each lacks of its stage and of the copies that it keeps (model/copies.hpp). None: no such
+/// step.
 std::optional<live_choice> choose_live(const job_spec& spec, const layout& shape,
                                        const std::vector<candidate>& candidates,
                                        std::uint64_t step_min);

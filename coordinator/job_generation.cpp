@@ -212,7 +212,8 @@ void job_machine::decide(const std::vector<member*>& answered) {
   if (!shape) return end(job_state::failed, shape.err().message);
 
   std::vector<candidate> candidates;
-  for (const member* m : answered) candidates.push_back({m->facts.id, *m->answer});
+  for (const member* m : answered)
+    candidates.push_back({m->facts.id, *m->answer, m->facts.link_host});
   choice c;
   c.shape = *shape;
   const auto seat = [&candidates](const std::vector<int>& by_rank) {
@@ -221,7 +222,12 @@ void job_machine::decide(const std::vector<member*>& answered) {
     return ids;
   };
 
-  if (auto live = choose_live(record_.spec, *shape, candidates, newest_saved().value_or(0))) {
+  // One that became durable while an older one was being verified.
+  if (has_looked_ && newest_saved() != saved_when_asked_) has_looked_ = false;
+  // What is durable but damaged is no reason to give up a live state that is older.
+  const std::uint64_t step_min =
+      has_looked_ ? (found_ ? found_->step : 0) : newest_saved().value_or(0);
+  if (auto live = choose_live(record_.spec, *shape, candidates, step_min)) {
     if (is_held_back(live->step)) return;
     c.by_rank = seat(live->by_rank);
     c.source = source_kind::live;
@@ -238,8 +244,6 @@ void job_machine::decide(const std::vector<member*>& answered) {
     return !s.second.whole.empty() && s.second.retry_ms < 0;
   });
   if (is_save_near && now_ms_ - prepare_began_ms_ < rules_.prepare_wait) return;
-  // One that became durable while an older one was being verified.
-  if (has_looked_ && newest_saved() != saved_when_asked_) has_looked_ = false;
   if (!is_first && !has_looked_) {
     request_ = next_request_++;
     saved_when_asked_ = newest_saved();

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "coordinator/wire.hpp"
+#include "model/copies.hpp"
 
 // This file: events, what members say, views. Generations and losses are in job_generation.cpp;
 // orders, saves and the end in job_saves.cpp.
@@ -735,7 +736,6 @@ job_view job_machine::view() const {
   v.submitted_unix_ms = record_.submitted_unix_ms;
   v.started_unix_ms = record_.started_unix_ms;
   v.ended_unix_ms = record_.ended_unix_ms;
-  std::vector<int> copies(static_cast<std::size_t>(std::max(1, v.stages)), 0);
   for (const auto& [id, m] : members_) {
     member_view x;
     x.worker = id;
@@ -745,7 +745,6 @@ job_view job_machine::view() const {
     if (m.rank >= 0 && generation_) {
       x.stage = generation_->shape.stage_of(m.rank);
       x.replica = generation_->shape.replica_of(m.rank);
-      if (m.is_connected) ++copies[static_cast<std::size_t>(x.stage)];
     }
     x.state = !m.is_connected                                          ? "disconnected"
               : m.is_draining                                          ? "draining"
@@ -756,8 +755,28 @@ job_view job_machine::view() const {
                                                                        : phase_name();
     v.members.push_back(std::move(x));
   }
-  v.losses_survived = std::max(0, *std::min_element(copies.begin(), copies.end()) - 1);
+  if (generation_) count_holders(v);
   return v;
+}
+
+/// How often each stage's state is held now, by replicas and neighbours that are here.
+void job_machine::count_holders(job_view& v) const {
+  const plan& p = generation_->shape;
+  std::vector<int> holders(static_cast<std::size_t>(p.shape.stage_count), 0);
+  const auto kept = copied_ranks(record_.spec.elasticity.copies, p.shape, hosts_of(p));
+  for (const auto& [worker, m] : members_) {
+    if (m.rank < 0 || !m.is_connected) continue;
+    ++holders[static_cast<std::size_t>(p.stage_of(m.rank))];
+    for (const int owner : kept[static_cast<std::size_t>(m.rank)])
+      ++holders[static_cast<std::size_t>(p.stage_of(owner))];
+  }
+  const auto least = std::min_element(holders.begin(), holders.end());
+  v.losses_survived = std::max(0, *least - 1);
+  const auto stage = static_cast<std::size_t>(least - holders.begin());
+  const model_spec& model = record_.spec.model;
+  const std::string first = unit_name(model, p.shape.unit_cuts[stage]);
+  const std::string last = unit_name(model, p.shape.unit_cuts[stage + 1] - 1);
+  v.weakest = fmt::format("stage {} ({})", stage, first == last ? first : first + ".." + last);
 }
 
 }  // namespace stagecoach

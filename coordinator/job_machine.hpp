@@ -271,6 +271,7 @@ struct job_view {
   int recovery_count = 0;
   std::uint64_t redone_steps = 0, divergences = 0, stale_messages = 0;
   int losses_survived = 0;            // further losses that lose no committed step now
+  std::string weakest;                // the stage that the fewest hold: "stage 1 (h.2..head)"
   std::int64_t last_recovery_ms = 0;  // loss detected to first new step; 0: none yet
   std::int64_t submitted_unix_ms = 0, started_unix_ms = 0, ended_unix_ms = 0;
   std::vector<member_view> members;
@@ -402,6 +403,7 @@ class job_machine {
   void let_go(member& m);
   bool is_of_ended_hold(std::uint64_t step) const;
   int grown_count(int more) const;
+  void count_holders(job_view& v) const;
 
   // Saves and the end.
   void saved(const part_saved& x, worker_id from);

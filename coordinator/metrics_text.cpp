@@ -89,6 +89,8 @@ void add_job(page& p, const api_state& s, const job_view& v) {
   p.gauge("stagecoach_job_generation", "Newest generation.", job,
           static_cast<double>(v.generation));
   p.gauge("stagecoach_job_workers", "Workers that the job has.", job, v.workers);
+  p.gauge("stagecoach_job_losses_survived", "Further losses that lose no committed step now.",
+          with({{"weakest", v.weakest}}), v.losses_survived);
   p.counter("stagecoach_steps_lost_total", "Committed steps that had to be done again.", job,
             static_cast<double>(v.redone_steps));
   p.counter("stagecoach_stale_messages_total", "Messages of older generations, dropped.", job,

@@ -168,8 +168,10 @@ void check_space(const job_spec& spec, const state_paths& paths,
 }
 
 nlohmann::json memory_json(const stage_memory& m) {
-  return {{"weights", m.weights},         {"optimizer", m.optimizer}, {"gradients", m.gradients},
-          {"activations", m.activations}, {"buffers", m.buffers},     {"total", m.total()}};
+  return {{"weights", m.weights},     {"optimizer", m.optimizer},
+          {"gradients", m.gradients}, {"activations", m.activations},
+          {"buffers", m.buffers},     {"copies", m.copies},
+          {"total", m.total()}};
 }
 
 /// Of a stage, the replica that needs most.

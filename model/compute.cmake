@@ -1,5 +1,5 @@
 # What computes: parameters, a stage's forward and backward, the optimizer's scalars, data order, text.
-add_library(sc_model STATIC parameters.cpp stage.cpp optimizer.cpp data_order.cpp generate.cpp)
+add_library(sc_model STATIC parameters.cpp stage.cpp shadow.cpp optimizer.cpp data_order.cpp generate.cpp)
 target_link_libraries(sc_model PUBLIC sc_kernels sc_config sc_planning PRIVATE PkgConfig::XXHASH)
 
 add_executable(test_model

@@ -8,7 +8,9 @@
 #include <limits>
 
 #include "config/limits.hpp"
+#include "model/copies.hpp"
 #include "model/leaf_tree.hpp"
+#include "model/tensor_names.hpp"
 
 namespace stagecoach {
 
@@ -435,6 +437,14 @@ stage_memory predict_memory(const job_spec& spec, const layout& shape, int stage
   // The tied matrix's gradient travels between the first and the last stage.
   if (sizes.has_embedding != sizes.has_head)
     memory.buffers += float_bytes * spec.model.vocab_size * spec.model.d_model;
+  if (spec.elasticity.copies > 0 && shape.replica_count == 1) {
+    // Whose stage it keeps depends on the hosts; here as if all stood on one.
+    const std::vector<tensor_size> tensors = all_tensor_sizes(spec.model);
+    const std::vector<std::string> hosts(at(shape.worker_count()));
+    for (const kept_copy& copy : copies_kept(spec, shape, hosts, stage))
+      for (const int tensor : copy.tensors)
+        memory.copies += 4 * float_bytes * tensors[at(tensor)].count;
+  }
   return memory;
 }
 

@@ -82,7 +82,10 @@ result<void> check_layout(const job_spec& spec, const layout& shape);
 /// Predicted bytes of one stage of a layout, by part.
 struct stage_memory {
   std::int64_t weights = 0, optimizer = 0, gradients = 0, activations = 0, buffers = 0;
-  std::int64_t total() const { return weights + optimizer + gradients + activations + buffers; }
+  std::int64_t copies = 0;  // of other stages: state and the reduced gradient of a step
+  std::int64_t total() const {
+    return weights + optimizer + gradients + activations + buffers + copies;
+  }
 };
 stage_memory predict_memory(const job_spec& spec, const layout& shape, int stage, int replica);
 

@@ -156,19 +156,11 @@ void stage::implementation::lay_out_state(const std::optional<std::vector<int>>&
 }
 
 void stage::implementation::lay_out_gradients() {
-  const auto add = [this](const std::string& name, const tensor_info& tensor) {
-    layout.push_back({name, tensor.index, layout_count, tensor.count()});
-    gradient_offset[name] = layout_count;
-    layout_count += round_up(tensor.count());
-  };
-  for (const tensor_info& tensor : tensors) {
-    if (tensor.index != 0) {
-      add(tensor.name, tensor);
-    } else if (embeds()) {
-      add(tensor.name + "@embed", tensor);
-    }
+  layout = stage_gradient_layout(model, unit_begin, unit_end);
+  for (const gradient_slot& slot : layout) {
+    gradient_offset[slot.name] = slot.offset;
+    layout_count = slot.offset + round_up(slot.count);
   }
-  if (heads()) add(tensors.front().name + "@head", tensors.front());
 }
 
 void stage::implementation::find_places() {
@@ -340,6 +332,26 @@ tensor_hash stage::implementation::hash_of(const float* state,
     sum += hash_tensor(tensors[i].name + kind, state + offset[i], tensors[i].count());
   }
   return sum;
+}
+
+std::vector<gradient_slot> stage_gradient_layout(const model_spec& model, int unit_begin,
+                                                 int unit_end) {
+  std::vector<gradient_slot> layout;
+  std::int64_t end = 0;
+  const auto add = [&](const std::string& name, const tensor_info& tensor) {
+    layout.push_back({name, tensor.index, end, tensor.count()});
+    end += round_up(tensor.count());
+  };
+  const std::vector<tensor_info> tensors = stage_tensors(model, unit_begin, unit_end);
+  for (const tensor_info& tensor : tensors) {
+    if (tensor.index != 0) {
+      add(tensor.name, tensor);
+    } else if (unit_begin == 0) {
+      add(tensor.name + "@embed", tensor);
+    }
+  }
+  if (unit_end == unit_count(model)) add(tensors.front().name + "@head", tensors.front());
+  return layout;
 }
 
 stage::stage(const model_spec& model, const batch_spec& batch, int unit_begin, int unit_end,

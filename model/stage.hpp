@@ -29,6 +29,10 @@ struct gradient_slot {
   std::int64_t count = 0;
 };
 
+/// Of a stage of units [begin, end).
+std::vector<gradient_slot> stage_gradient_layout(const model_spec& model, int unit_begin,
+                                                 int unit_end);
+
 class stage {
  public:
   /// slots: how many microbatches may be in flight at once (activation sets allocated up front).

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The exactness promise with real processes: layouts, kills, restarts, damaged stores; always the same hash.
 
-usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | restarts | store
+usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | restarts | store
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
@@ -70,6 +70,42 @@ def group_faults():
     for i, (words, workers, band, parallelism, disturb) in enumerate(cases):
         path = job_file(f"fault{i}", steps, band, parallelism, "50 steps")
         same(run(f"fault{i}", path, workers, disturb), steps, words)
+
+
+def group_copies():
+    """A single pipeline whose stages are also in neighbours' memories: a loss costs no committed step."""
+    steps = 300
+
+    def kill(count, spares):
+        def disturb(cluster, job):
+            for _ in range(spares):
+                cluster.start_worker()
+            view = cluster.wait_step(job, 40 + RANDOM.randrange(60))
+            check(view["survives_losses"] == count and view["weakest"].startswith("stage "),
+                  f"status: {view['survives_losses']} losses survived, weakest {view['weakest']}")
+            for _ in range(count):
+                cluster.kill(RANDOM.choice(cluster.members(job)))
+        return disturb
+
+    cases = [
+        ("killed member of a pipeline of 3, no spare", 1, 3, 0, "1..3"),
+        ("killed member of a pipeline of 3, a spare takes its stage", 1, 3, 1, "3"),
+        ("two members of a pipeline of 4 killed at once, two copies", 2, 4, 1, "1..4"),
+    ]
+    for i, (words, copies, workers, spares, band) in enumerate(cases):
+        path = job_file(f"copies{i}", steps, f"{band}, copies: {copies}", explicit(workers, 1), "1000 steps")
+        events = []
+
+        def disturb(cluster, job):
+            kill(copies, spares)(cluster, job)
+            cluster.finish(job)
+            events.extend(cluster.call("GET", f"/jobs/{job}/events")["events"])
+
+        view = run(f"copies{i}", path, workers, disturb)
+        same(view, steps, words)
+        committed = [e["text"] for e in events if e["kind"] == "generation_committed"]
+        check(len(committed) > 1 and all("(live)" in text for text in committed[1:]) and view["redone_steps"] == 0,
+              f"{words}: {view['redone_steps']} steps redone; " + "; ".join(committed))
 
 
 def group_restarts():
@@ -187,5 +223,5 @@ def group_store():
 
 
 if __name__ == "__main__":
-    sys.exit(main({"matrix": group_matrix, "faults": group_faults, "restarts": group_restarts,
+    sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "restarts": group_restarts,
                    "store": group_store}))

@@ -149,6 +149,27 @@ TEST_CASE("a stage whose step was dropped in the middle runs the next one with t
         alone().state_hash);
 }
 
+TEST_CASE("neighbour copies: the same bits, and each copy is what its owner holds") {
+  job_spec spec = small_job();
+  for (const auto& [stages, copies] : {std::pair{2, 1}, {3, 1}, {3, 2}, {4, 2}, {6, 1}}) {
+    spec.elasticity.copies = copies;
+    CAPTURE(stages);
+    CAPTURE(copies);
+    const run_outcome got =
+        run_in_process(spec, make_layout(spec, stages, 1, "1f1b"), 1, "cpu", stages == 3 ? 4 : 0);
+    CHECK(got.state_hash == alone().state_hash);
+    CHECK(got.chain == alone().chain);
+    CHECK(got.copies.size() == static_cast<std::size_t>(stages * copies));
+    for (const auto& copy : got.copies) {
+      CAPTURE(copy.holder);
+      CAPTURE(copy.owner);
+      CHECK(copy.is_same);
+    }
+  }
+  // Replicas are each other's copies.
+  CHECK(run_in_process(spec, make_layout(spec, 2, 2, "1f1b"), 1).copies.empty());
+}
+
 TEST_CASE("a stage allocates what the plan predicted for it") {
   job_spec spec = small_job();
   spec.model.vocab_size = 3000;

@@ -617,6 +617,59 @@ candidate holder(std::uint64_t id, std::uint64_t at_step, std::vector<std::strin
 
 }  // namespace
 
+TEST_CASE("the losses that a job survives are those of its least copied stage") {
+  bench b(two_stages());
+  job_spec copied = two_stages();
+  copied.elasticity.copies = 1;
+  bench c(copied);
+  for (bench* x : {&b, &c}) {
+    x->give({1, 2});
+    x->answer(1, 1);
+    x->answer(2, 1);
+    x->load(1);
+    x->load(2);
+  }
+  CHECK(b.machine.view().losses_survived == 0);
+  CHECK(c.machine.view().losses_survived == 1);
+  c.step(job_events::worker_disconnected{w(2), "closed"});
+  CHECK(c.machine.view().losses_survived == 0);
+  CHECK(b.machine.view().weakest.rfind("stage 0 (embed..h.", 0) == 0);
+}
+
+TEST_CASE("a damaged checkpoint is no reason to give up an older live state") {
+  bench b(small_spec(1, 1));
+  b.give({1});
+  b.answer(1, 1);
+  b.load(1);
+  b.step(job_events::tick{b.now += 10, b.now});
+  checkpoint_record damaged;
+  damaged.job = static_cast<job_id>(1);
+  damaged.step = 50;
+  job_machine again({b.machine.record(), b.machine.generation(), {{50, damaged}}, 9});
+  const auto all = stage_tensor_names(small_spec(1, 1).model, 0, 4);
+  (void)again.step(job_events::tick{1, 1});
+  hello h;
+  h.process = "p1";
+  h.job = 1;
+  h.generation = h.promised = 1;
+  h.plan_hash = b.hash();
+  h.phase = static_cast<int>(worker_phase::prepared);  // it lost its generation on the way
+  (void)again.step(job_events::worker_connected{w(1), h});
+  prepared p;
+  p.job = 1;
+  p.number = 2;
+  p.has_state = true;
+  p.step = 7;
+  p.tensors = all;
+  const auto asked = all_of<actions::find_checkpoint>(again.step(job_events::worker_said{w(1), p}));
+  REQUIRE(asked.size() == 1);
+  checkpoint_found found{static_cast<job_id>(1), asked[0].request, std::nullopt, {}};
+  const auto commits = sent<commit>(again.step(found));
+  REQUIRE(commits.size() == 1);
+  CHECK(commits[0].second.source == source_kind::live);
+  CHECK(commits[0].second.step == 7);
+}
+
 TEST_CASE("decision: the newest step of which every tensor has a holder, or can roll forward") {
   const job_spec s = two_stages();
   const layout shape{2, 1, "1f1b", {0, 2, 4}, {0, 8}};
@@ -647,6 +700,28 @@ TEST_CASE("decision: the newest step of which every tensor has a holder, or can 
     REQUIRE(c);
     CHECK(c->transfers.size() == (c->by_rank[0] == 0 ? front.size() : back.size()));
     for (const auto& t : c->transfers) CHECK(c->by_rank[static_cast<std::size_t>(t.to_rank)] == 0);
+  }
+  SUBCASE(
+      "a lost stage is found at its neighbour, and the spare gets it with its copy of another") {
+    job_spec copied = s;
+    copied.elasticity.copies = 1;
+    const auto whole = stage_tensor_names(s.model, 0, 4);
+    candidate spare;
+    spare.worker = w(3);
+    const auto c = choose_live(copied, shape, {holder(1, 9, whole), spare}, 0);
+    REQUIRE(c);
+    CHECK(c->step == 9);
+    CHECK(c->transfers.size() == whole.size());  // its stage, and the copy of the other, each once
+    CHECK(c->by_rank.size() == 2);
+  }
+  SUBCASE("a pipeline's neighbours bring its copies, wherever they are missing") {
+    job_spec copied = s;
+    copied.elasticity.copies = 1;
+    const auto c = choose_live(copied, shape, {holder(1, 9, front), holder(2, 9, back)}, 0);
+    REQUIRE(c);
+    CHECK(c->by_rank == std::vector<int>{0, 1});
+    // wte is held at both ends; all else goes to the other.
+    CHECK(c->transfers.size() == front.size() - 1 + back.size() - 1);
   }
   SUBCASE("older than what is durable is of no use") {
     CHECK_FALSE(choose_live(s, shape, {holder(1, 9, back), holder(2, 9, front)}, 10));

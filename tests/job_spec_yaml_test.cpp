@@ -63,7 +63,7 @@ elasticity:
   workers: 4..8
   on_loss: replace
   wait_for_min: 10m
-  copies: 0
+  copies: 1
   max_failures: 10 per 1h
 
 checkpoint:
@@ -143,6 +143,7 @@ TEST_CASE("the example file of the manual is understood field by field") {
   CHECK(s.elasticity.workers_max == 8);
   CHECK(s.elasticity.wait_for_min_ms == 600'000);
   CHECK(s.elasticity.max_failures == 10);
+  CHECK(s.elasticity.copies == 1);
   CHECK(s.checkpoint.every_ms == 600'000);
   CHECK(s.checkpoint.every_steps == 0);
   CHECK(s.checkpoint.keep_every_steps == 10'000);
@@ -240,7 +241,6 @@ TEST_CASE("what a later version will do is refused by name, and its neutral valu
                            "parallelism.shard_optimizer=true",
                            "observe.trace={every: 1}",
                            "observe.tensorboard=x",
-                           "elasticity.copies=1",
                            "elasticity.max_failures=10 per 2h",
                            "checkpoint.async=true",
                            "checkpoint.keep.best=1",
@@ -263,7 +263,7 @@ TEST_CASE("what a later version will do is refused by name, and its neutral valu
     CHECK(code_of(line) == "E004");
   }
   for (const char* line :
-       {"parallelism.recompute=none", "parallelism.virtual_stages=1", "elasticity.copies=0",
+       {"parallelism.recompute=none", "parallelism.virtual_stages=1", "elasticity.copies=2",
         "parallelism.shard_optimizer=false", "model.dropout=0", "model.embd_pdrop=0.0",
         "elasticity.max_failures=10 per 60m"}) {
     INFO(line);
@@ -275,6 +275,7 @@ TEST_CASE("contradictions are found, each with its own code") {
   CHECK(code_of("model.preset=gpt-2") == "E101");
   CHECK(code_of("model.n_layer=0") == "E102");
   CHECK(code_of("model.n_layer=1025") == "E102");
+  CHECK(code_of("elasticity.copies=3") == "E102");
   CHECK(code_of("model.n_head=5") == "E104");
   CHECK(code_of("batch.sequence=65") == "E106");
   CHECK(code_of("model.vocab_size=255") == "E107");

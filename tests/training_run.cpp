@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "model/copies.hpp"
+#include "model/shadow.hpp"
 #include "model/stage.hpp"
 #include "model/tensor_names.hpp"
 #include "worker/step_runner.hpp"
@@ -92,6 +94,9 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
   tensor_hash weights, state;
   std::map<int, std::string> stage_weights;        // of replica 0, by stage
   std::vector<std::pair<int, std::string>> twins;  // of all ranks
+  const std::vector<tensor_info> all = all_tensors(spec.model);
+  std::map<std::string, tensor_hash> owned;                                  // by tensor
+  std::map<std::pair<int, int>, std::map<std::string, tensor_hash>> copied;  // by holder, owner
   std::mutex mutex;
   std::string problem;
   std::vector<std::thread> workers;
@@ -105,14 +110,23 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
                   kept_moments(spec, shape.unit_cuts[s], shape.unit_cuts[s + 1], p.replica_of(rank),
                                shape.replica_count));
       model.initialise_parameters();
+      shadow_state copies(*device);
+      const auto kept = copies_kept(spec, shape, hosts_of(p), rank);
+      for (const kept_copy& copy : kept) {
+        for (const int tensor : copy.tensors) {
+          const tensor_info& t = all[static_cast<std::size_t>(tensor)];
+          copies.add(t);
+          initialise(copies.parameter(t.name), t, spec.model);
+        }
+      }
       step_runner runner(spec, p, rank, model, *links[rank], *device, reader_of(text),
-                         reader_of(text));
+                         reader_of(text), &copies);
       std::uint64_t chain = 0;
       for (std::int64_t step = 1; step <= spec.stop_steps; ++step) {
         if (step == drop_at) {
           // Each rank breaks wherever it is after a moment.
           step_runner lost(spec, p, rank, model, *broken[rank], *device, reader_of(text),
-                           reader_of(text));
+                           reader_of(text), &copies);
           std::thread cut([&] {
             std::this_thread::sleep_for(std::chrono::milliseconds(3));
             broken[rank]->cancel();
@@ -141,6 +155,20 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
         }
       }
       std::lock_guard lock(mutex);
+      const auto hash_of = [](auto& holder, const tensor_info& t) {
+        tensor_hash h = hash_tensor(t.name, holder.parameter(t.name), t.count());
+        h += hash_tensor(t.name + "@moment1", holder.moment1(t.name), t.count());
+        h += hash_tensor(t.name + "@moment2", holder.moment2(t.name), t.count());
+        return h;
+      };
+      if (shape.replica_count == 1)
+        for (const tensor_info& t : model.tensors()) owned[t.name] = hash_of(model, t);
+      for (const kept_copy& copy : kept) {
+        for (const int tensor : copy.tensors) {
+          const tensor_info& t = all[static_cast<std::size_t>(tensor)];
+          copied[{rank, copy.owner}][t.name] = hash_of(copies, t);
+        }
+      }
       // A sharded optimizer without copies has each moment once, over all replicas.
       const bool is_shared_out =
           is_sharded(spec, shape.replica_count) && spec.elasticity.copies == 0;
@@ -159,6 +187,11 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
   if (!problem.empty()) throw std::runtime_error(problem);
   for (const auto& [s, hash] : twins) {
     if (hash != stage_weights[s]) throw std::runtime_error("replicas ended with other weights");
+  }
+  for (const auto& [who, hashes] : copied) {
+    bool is_same = true;
+    for (const auto& [name, hash] : hashes) is_same = is_same && hash == owned.at(name);
+    outcome.copies.push_back({who.first, who.second, is_same});
   }
   outcome.weights_hash = to_string(weights);
   outcome.state_hash = to_string(state);

@@ -18,6 +18,12 @@ struct run_outcome {
   std::string state_hash;
   std::vector<double> losses;  // per step
   std::uint64_t chain = 0;
+  /// Of each copy that a rank keeps of a stage: who, of whom, and is its state what the owner has?
+  struct copy {
+    int holder = 0, owner = 0;
+    bool is_same = false;
+  };
+  std::vector<copy> copies;
 };
 
 /// A small job on a synthetic text that needs no file: 4 blocks of 64 channels unless changed.

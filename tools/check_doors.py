@@ -21,12 +21,13 @@ ROOMS = {
 }
 # Single headers that a room may take from a room it may not enter otherwise.
 HEADERS = {
-    "coordinator": {"model/plan.hpp", "model/schedule.hpp", "model/leaf_tree.hpp", "model/tensor_names.hpp"},
+    "coordinator": {"model/plan.hpp", "model/copies.hpp", "model/schedule.hpp", "model/leaf_tree.hpp",
+                    "model/tensor_names.hpp"},
     "worker": {"coordinator/messages.hpp", "coordinator/wire.hpp"},
 }
 # Files that decide: no clock, thread, socket, disk, random, unordered walk; no library of the world.
 DECISION = re.compile(
-    r"(^|/)(\w+_machine|plan|schedule|leaf_tree|tensor_names|messages|records|vote)\.(hpp|cpp)$")
+    r"(^|/)(\w+_machine|plan|copies|schedule|leaf_tree|tensor_names|messages|records|vote)\.(hpp|cpp)$")
 WORLD = re.compile(
     r"^(caf/|rocksdb/|boost/|openssl/|cuda|nccl|sys/|netinet/|unistd\.h|thread$|mutex$|chrono$|random$|fstream$"
     r"|filesystem$|unordered_map$|unordered_set$|condition_variable$|future$|atomic$|ctime$|time\.h)")

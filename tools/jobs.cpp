@@ -98,7 +98,8 @@ json plan_json(const job_spec& spec) {
                        {"optimizer", worst.optimizer},
                        {"gradients", worst.gradients},
                        {"activations", worst.activations},
-                       {"buffers", worst.buffers}};
+                       {"buffers", worst.buffers},
+                       {"copies", worst.copies}};
     const double microbatches =
         static_cast<double>(spec.batch.microbatch_count()) / shape->replica_count;
     entry["bubble_theory"] = (shape->stage_count - 1) / (microbatches + shape->stage_count - 1);
@@ -130,7 +131,8 @@ exit_code run_plan(const global_flags& flags, const job_flags& own) {
       static_cast<long long>(s.batch.microbatch_count()),
       static_cast<long long>(s.batch.micro_sequences), static_cast<long long>(s.batch.leaf_count));
   std::printf("%-8s %-18s %-9s %-8s %-9s %s\n", "WORKERS", "LAYOUT", "SCHEDULE", "BUBBLE",
-              "BALANCE", "WORST STAGE (weights + optimizer + gradients + activations + buffers)");
+              "BALANCE",
+              "WORST STAGE (weights + optimizer + gradients + activations + buffers + copies)");
   for (const auto& l : plan["layouts"]) {
     if (l.contains("problem")) {
       std::printf("%-8d %s\n", l["workers"].get<int>(), l["problem"].get<std::string>().c_str());
@@ -138,7 +140,7 @@ exit_code run_plan(const global_flags& flags, const job_flags& own) {
     }
     const auto& m = l["memory"];
     std::printf(
-        "%-8d %-18s %-9s %-8s %-9s %d: %s (%s + %s + %s + %s + %s)\n", l["workers"].get<int>(),
+        "%-8d %-18s %-9s %-8s %-9s %d: %s (%s + %s + %s + %s + %s + %s)\n", l["workers"].get<int>(),
         fmt::format("{} stages x {} rep", l["stages"].get<int>(), l["replicas"].get<int>()).c_str(),
         l["schedule"].get<std::string>().c_str(),
         fmt::format("{:.1f}%", l["bubble_theory"].get<double>() * 100).c_str(),
@@ -148,7 +150,8 @@ exit_code run_plan(const global_flags& flags, const job_flags& own) {
         format_bytes(m["optimizer"].get<double>()).c_str(),
         format_bytes(m["gradients"].get<double>()).c_str(),
         format_bytes(m["activations"].get<double>()).c_str(),
-        format_bytes(m["buffers"].get<double>()).c_str());
+        format_bytes(m["buffers"].get<double>()).c_str(),
+        format_bytes(m["copies"].get<double>()).c_str());
   }
   std::printf("submit it:  stagecoach submit %s\n", own.file.c_str());
   return code;
@@ -295,8 +298,10 @@ exit_code show_status(const global_flags& flags, const api_client& api, const st
                 format_bytes(number(c, "bytes", 0)).c_str(), plain(c, "state").c_str());
   }
   if (!is_end_state(plain(v, "state")))
-    std::printf("Safe      survives %s more losses without redoing a step   generation %s\n",
-                plain(v, "survives_losses").c_str(), plain(v, "generation").c_str());
+    std::printf(
+        "Safe      survives %s more losses without redoing a step, weakest %s   generation %s\n",
+        plain(v, "survives_losses").c_str(), plain(v, "weakest").c_str(),
+        plain(v, "generation").c_str());
   std::printf("Hash      %s at step %s\n", plain(v, "weights_hash").c_str(),
               plain(v, "hash_step").c_str());
   if (v.contains("plan") && v["plan"].is_object() && v["plan"].contains("members") &&

@@ -279,7 +279,7 @@ result<frame_header> decode_frame(std::span<const std::byte, frame_header_bytes>
       kind != static_cast<std::uint16_t>(frame_kind::beat))
     return make_error(errc::bad_input, "frame of unknown kind {}", kind);
   if (tag < static_cast<std::uint32_t>(link_tag::activation) ||
-      tag > static_cast<std::uint32_t>(link_tag::probe))
+      tag > static_cast<std::uint32_t>(link_tag::copy_gradient))
     return make_error(errc::bad_input, "frame with unknown tag {}", tag);
   header.kind = static_cast<frame_kind>(kind);
   header.key.tag = static_cast<link_tag>(tag);

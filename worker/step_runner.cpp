@@ -5,6 +5,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "model/copies.hpp"
 #include "model/data_order.hpp"
 #include "model/leaf_tree.hpp"
 #include "model/tensor_names.hpp"
@@ -65,7 +66,8 @@ result<int> step_runner::slots(const job_spec& spec, const plan& shape, int rank
 }
 
 step_runner::step_runner(const job_spec& spec, const plan& shape, int rank, stage& model,
-                         link_set& links, backend& device, token_reader train, token_reader valid)
+                         link_set& links, backend& device, token_reader train, token_reader valid,
+                         shadow_state* copies)
     : spec_(spec),
       plan_(shape),
       rank_(rank),
@@ -75,7 +77,8 @@ step_runner::step_runner(const job_spec& spec, const plan& shape, int rank, stag
       links_(links),
       device_(device),
       train_(std::move(train)),
-      valid_(std::move(valid)) {
+      valid_(std::move(valid)),
+      copies_(copies) {
   const int replicas = shape.shape.replica_count;
   shares_.resize(static_cast<std::size_t>(replicas));
   if (is_sharded(spec, replicas)) {
@@ -122,6 +125,66 @@ step_runner::step_runner(const job_spec& spec, const plan& shape, int rank, stag
     gradient_in_.resize(boundary);
   }
   losses_.resize(microbatches_);
+  find_copies();
+}
+
+// Which stretch of whose gradient goes where: the tensors of a copy lie side by side in the owner's
+// buffer, since at most the tied matrix, at its one or other end, is left out.
+void step_runner::find_copies() {
+  if (spec_.elasticity.copies == 0) return;
+  const std::vector<std::string> hosts = hosts_of(plan_);
+  const std::vector<tensor_info> all = all_tensors(spec_.model);
+  for (int holder = 0; holder < static_cast<int>(plan_.members.size()); ++holder) {
+    for (const kept_copy& copy : copies_kept(spec_, plan_.shape, hosts, holder)) {
+      if (holder != rank_ && copy.owner != rank_) continue;
+      const int s = plan_.stage_of(copy.owner);
+      const auto slots = stage_gradient_layout(spec_.model, plan_.shape.unit_cuts[s],
+                                               plan_.shape.unit_cuts[s + 1]);
+      std::int64_t begin = -1, end = 0;
+      std::vector<copy_tensor> tensors;
+      for (const gradient_slot& slot : slots) {
+        if (std::find(copy.tensors.begin(), copy.tensors.end(), slot.tensor_index) ==
+            copy.tensors.end())
+          continue;
+        if (begin < 0) begin = slot.offset;
+        end = slot.offset + slot.count;
+        tensors.push_back({all[static_cast<std::size_t>(slot.tensor_index)], slot.offset});
+      }
+      if (copy.owner == rank_) copies_out_.push_back({holder, begin, end - begin});
+      if (holder != rank_) continue;
+      const auto base = static_cast<std::int64_t>(copy_gradients_.size());
+      copies_in_.push_back({copy.owner, begin, end - begin});
+      copy_gradients_.resize(copy_gradients_.size() + static_cast<std::size_t>(end - begin));
+      for (copy_tensor& t : tensors) {
+        t.offset += base - begin;
+        copy_tensors_.push_back(std::move(t));
+      }
+    }
+  }
+  invariant(copy_tensors_.empty() || copies_ != nullptr, "who keeps copies has room for them");
+}
+
+result<void> step_runner::send_to_copies(std::uint64_t step) {
+  for (const copy_stretch& out : copies_out_) {
+    if (auto sent = links_.send(out.peer, {link_tag::copy_gradient, step, 0},
+                                bytes_of(stack_.front() + out.begin, out.count));
+        !sent)
+      return sent;
+  }
+  return ok();
+}
+
+result<void> step_runner::receive_for_copies(std::uint64_t step) {
+  stopwatch watch(times_.copy_us);
+  std::int64_t at = 0;
+  for (const copy_stretch& in : copies_in_) {
+    if (auto got = links_.receive(in.peer, {link_tag::copy_gradient, step, 0},
+                                  writable(copy_gradients_.data() + at, in.count));
+        !got)
+      return got;
+    at += in.count;
+  }
+  return ok();
 }
 
 step_runner::~step_runner() {
@@ -131,7 +194,7 @@ step_runner::~step_runner() {
 std::int64_t step_runner::allocated_bytes() const {
   return static_cast<std::int64_t>(owned_.size()) * stage_.gradient_count() * 4 +
          static_cast<std::int64_t>(input_.size() + output_.size() + gradient_in_.size() +
-                                   gradient_out_.size()) *
+                                   gradient_out_.size() + copy_gradients_.size()) *
              4;
 }
 
@@ -425,6 +488,8 @@ result<void> step_runner::tie_gradients(std::uint64_t step) {
 result<vote_result> step_runner::vote(std::uint64_t step, std::uint64_t chain,
                                       const order_source& orders) {
   stopwatch watch(times_.vote_us);
+  // Sent first and awaited last: the stage's own sums are computed while the gradients travel.
+  if (auto sent = send_to_copies(step); !sent) return sent.err();
   ballot mine;
   mine.step = step;
   mine.plan_hash = plan_hash(plan_);
@@ -441,6 +506,7 @@ result<vote_result> step_runner::vote(std::uint64_t step, std::uint64_t chain,
     for (int i = 0; i < microbatches_; ++i)
       mine.losses.emplace_back(static_cast<std::uint32_t>(leaf_first_ * per_leaf_ + i), losses_[i]);
   }
+  if (auto got = receive_for_copies(step); !got) return got.err();
   pending_step_ = step;  // from here on somebody may count our vote and apply
 
   if (rank_ != 0) {
@@ -484,6 +550,8 @@ void step_runner::apply(const vote_result& vote) {
     scalars.bias2 = static_cast<float>(vote.bias2.get());
     scalars.grad_scale = static_cast<float>(vote.grad_scale.get());
     stage_.apply(stack_.front(), scalars);
+    for (const copy_tensor& t : copy_tensors_)
+      copies_->apply(t.tensor, copy_gradients_.data() + t.offset, scalars);
   }
   pending_step_ = 0;
 }

@@ -4,6 +4,9 @@
 // disk. A step is two calls: compute() ends with the vote's result and leaves the reduced gradient
 // in place; apply() is never interrupted. Until the next compute() begins, the gradient is kept, so
 // that a step whose vote was counted elsewhere can still be applied (roll forward).
+//
+// Copies: a rank that keeps other stages' state (model/copies.hpp) is given their reduced gradients
+// before it votes, so its vote says that it could apply the step to them too.
 #pragma once
 
 #include <atomic>
@@ -19,6 +22,7 @@
 #include "kernels/backend.hpp"
 #include "model/plan.hpp"
 #include "model/schedule.hpp"
+#include "model/shadow.hpp"
 #include "model/stage.hpp"
 #include "worker/link.hpp"
 
@@ -36,14 +40,16 @@ using order_source =
 
 struct step_times {
   std::int64_t forward_us = 0, backward_input_us = 0, backward_weight_us = 0;
-  std::int64_t wait_us = 0, reduce_us = 0, vote_us = 0, apply_us = 0;
+  std::int64_t wait_us = 0, reduce_us = 0, copy_us = 0, vote_us = 0, apply_us = 0;
 };
 
 class step_runner {
  public:
-  /// stage must hold the units of the plan's stage for this rank, with slots() slots at least.
+  /// stage must hold the units of the plan's stage for this rank, with slots() slots at least;
+  /// copies what the rank keeps of others, null if nothing.
   step_runner(const job_spec& spec, const plan& shape, int rank, stage& model, link_set& links,
-              backend& device, token_reader train, token_reader valid);
+              backend& device, token_reader train, token_reader valid,
+              shadow_state* copies = nullptr);
   ~step_runner();
 
   /// Slots that the schedule needs on this rank's stage.
@@ -87,6 +93,9 @@ class step_runner {
   result<void> reduce(std::uint64_t step);
   result<void> reduce_replicas(std::uint64_t step);
   result<void> tie_gradients(std::uint64_t step);
+  void find_copies();
+  result<void> send_to_copies(std::uint64_t step);
+  result<void> receive_for_copies(std::uint64_t step);
   result<vote_result> vote(std::uint64_t step, std::uint64_t chain, const order_source& orders);
   void load_samples(std::uint64_t step, int microbatch);
 
@@ -97,6 +106,19 @@ class step_runner {
   link_set& links_;
   backend& device_;
   token_reader train_, valid_;
+  shadow_state* copies_;
+  /// The part of an owner's gradient buffer that travels to one holder in one frame.
+  struct copy_stretch {
+    int peer = 0;
+    std::int64_t begin = 0, count = 0;  // floats of the owner's buffer
+  };
+  struct copy_tensor {
+    tensor_info tensor;
+    std::int64_t offset = 0;  // into copy_gradients_
+  };
+  std::vector<copy_stretch> copies_out_, copies_in_;
+  std::vector<copy_tensor> copy_tensors_;
+  std::vector<float> copy_gradients_;  // the stretches of copies_in_, one after another
   std::vector<instruction> table_;
   // Sharded optimizer: by global tensor index of this stage, the replica that owns its moments.
   std::map<int, int> owner_of_;

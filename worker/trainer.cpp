@@ -16,6 +16,8 @@
 #include <thread>
 
 #include "config/log.hpp"
+#include "model/copies.hpp"
+#include "model/shadow.hpp"
 #include "model/stage.hpp"
 #include "storage/dataset.hpp"
 #include "storage/huggingface.hpp"
@@ -37,11 +39,39 @@ std::int64_t us_since(clock::time_point begin) {
   return std::chrono::duration_cast<std::chrono::microseconds>(clock::now() - begin).count();
 }
 
-// A frame's largest payload: a whole tensor's state, or a whole stage's gradient.
-std::size_t frame_bytes_max(const stage& s, const job_spec& spec) {
+// A frame's largest payload: a whole tensor's state, or the whole gradient of any stage.
+std::size_t frame_bytes_max(const stage& s, const job_spec& spec, const layout& shape) {
   std::int64_t floats = std::max(s.gradient_count(), s.boundary_count());
   for (const tensor_info& t : all_tensors(spec.model)) floats = std::max(floats, t.count());
+  for (std::size_t i = 0; i + 1 < shape.unit_cuts.size(); ++i) {
+    const gradient_slot last =
+        stage_gradient_layout(spec.model, shape.unit_cuts[i], shape.unit_cuts[i + 1]).back();
+    floats = std::max(floats, last.offset + last.count);
+  }
   return static_cast<std::size_t>(floats) * 4 + 4096;
+}
+
+// One tensor's state, wherever it lies.
+struct state_place {
+  float *parameter = nullptr, *moment1 = nullptr, *moment2 = nullptr;
+  float* array(std::uint64_t kind) const {
+    return kind == 0 ? parameter : kind == 1 ? moment1 : moment2;
+  }
+};
+
+template <class Holder>
+state_place place_in(Holder* holder, const std::string& name) {
+  if (holder == nullptr) return {};
+  return {holder->parameter(name), holder->moment1(name), holder->moment2(name)};
+}
+
+// What a rank of a plan holds beside its stage.
+std::vector<tensor_info> tensors_to_copy(const job_spec& spec, const plan& shape, int rank) {
+  const std::vector<tensor_info> all = all_tensors(spec.model);
+  std::vector<tensor_info> list;
+  for (const kept_copy& copy : copies_kept(spec, shape.shape, hosts_of(shape), rank))
+    for (const int tensor : copy.tensors) list.push_back(all[static_cast<std::size_t>(tensor)]);
+  return list;
 }
 
 struct memory_copy {
@@ -123,6 +153,7 @@ struct trainer::implementation {
     write_wake.notify_all();
     writer_thread.join();
     runner.reset();
+    copies.reset();
     model.reset();
   }
 
@@ -189,6 +220,7 @@ struct trainer::implementation {
       answer.step = state_step;
       answer.chain = state_chain;
       for (const tensor_info& t : model->tensors()) answer.tensors.push_back(t.name);
+      for (const tensor_info& t : copies->tensors()) answer.tensors.push_back(t.name);
       answer.last_vote = last_vote;
       answer.has_pending = runner && runner->has_pending(state_step + 1);
     }
@@ -206,6 +238,7 @@ struct trainer::implementation {
 
   void forget_state() {
     drop_runner();
+    copies.reset();
     model.reset();
     has_state = false;
     state_step = state_chain = 0;
@@ -303,7 +336,10 @@ struct trainer::implementation {
     std::unique_ptr<stage> fresh;
     if (!same_stage)
       fresh = std::make_unique<stage>(c.spec.model, c.spec.batch, first, last, *slots, *device);
-    stage& target = same_stage ? *model : *fresh;
+    new_state target{same_stage ? *model : *fresh, std::make_unique<shadow_state>(*device)};
+    const bool can_share = has_state && state_step == c.step && c.source == source_kind::live;
+    for (const tensor_info& t : tensors_to_copy(c.spec, c.shape, rank))
+      if (!can_share || !target.copies->share(t, *copies)) target.copies->add(t);
 
     if (alone) {
       opened_links = std::move(make_memory_links(1).front());
@@ -320,7 +356,8 @@ struct trainer::implementation {
       for (const plan_member& m : c.shape.members) workers.push_back(value(m.worker));
       const std::uint64_t job = value(c.shape.job), generation = c.shape.generation;
       auto made =
-          links.open(c.shape.job, identity(c.shape), rank, peers, frame_bytes_max(target, c.spec),
+          links.open(c.shape.job, identity(c.shape), rank, peers,
+                     frame_bytes_max(target.own, c.spec, c.shape.shape),
                      [this, job, generation, workers](int peer, peer_event what, std::string why) {
                        peer_report report;
                        report.job = job;
@@ -346,7 +383,7 @@ struct trainer::implementation {
     }
 
     if (c.source == source_kind::live) {
-      if (auto moved = transfer(c, rank, target, fresh != nullptr); !moved) return moved;
+      if (auto moved = transfer(c, rank, target); !moved) return moved;
     } else {
       // From here on what this worker held is no longer a state of one step.
       has_state = false;
@@ -358,6 +395,7 @@ struct trainer::implementation {
 
     drop_runner();
     if (fresh) model = std::move(fresh);
+    copies = std::move(target.copies);
     spec = std::move(c.spec);
     shape = std::move(c.shape);
     my_rank = rank;
@@ -371,7 +409,7 @@ struct trainer::implementation {
     save_at_start = c.save_at_start;
     token_reader train = reader_of(train_source), valid = reader_of(valid_source);
     auto made = std::make_unique<step_runner>(spec, shape, my_rank, *model, *current_links, *device,
-                                              std::move(train), std::move(valid));
+                                              std::move(train), std::move(valid), copies.get());
     if (!faults.is_empty())
       made->watch_middle([this](std::uint64_t step) { faults.within_compute(step); });
     {
@@ -426,13 +464,33 @@ struct trainer::implementation {
     return ok();
   }
 
-  result<void> transfer(const commit& c, int rank, stage& target, bool is_fresh) {
-    if (is_fresh && has_state && state_step == c.step) {
+  /// What a generation will hold: a stage, which may be the present one, and copies.
+  struct new_state {
+    stage& own;
+    std::unique_ptr<shadow_state> copies;
+    state_place place(const std::string& name) const {
+      const state_place p = place_in(&own, name);
+      return p.parameter != nullptr ? p : place_in(copies.get(), name);
+    }
+    std::vector<tensor_info> tensors() const {
+      std::vector<tensor_info> list = own.tensors();
+      list.insert(list.end(), copies->tensors().begin(), copies->tensors().end());
+      return list;
+    }
+  };
+
+  /// Where the present state of a tensor lies; nulls: not held.
+  state_place held_place(const std::string& name) {
+    const state_place p = place_in(model.get(), name);
+    return p.parameter != nullptr ? p : place_in(copies.get(), name);
+  }
+
+  result<void> transfer(const commit& c, int rank, const new_state& target) {
+    if (has_state && state_step == c.step) {
       for (const tensor_info& t : target.tensors()) {
-        if (model->parameter(t.name) == nullptr) continue;
-        device->copy(target.parameter(t.name), model->parameter(t.name), t.count());
-        device->copy(target.moment1(t.name), model->moment1(t.name), t.count());
-        device->copy(target.moment2(t.name), model->moment2(t.name), t.count());
+        const state_place from = held_place(t.name), to = target.place(t.name);
+        if (from.parameter == nullptr || from.parameter == to.parameter) continue;
+        for (std::uint64_t k = 0; k < 3; ++k) device->copy(to.array(k), from.array(k), t.count());
       }
     }
     std::map<std::string, tensor_info> by_name;
@@ -447,9 +505,7 @@ struct trainer::implementation {
       for (std::uint64_t k = 0; k < 3; ++k) {
         const link_key key{link_tag::state, c.step, static_cast<std::uint64_t>(info.index) * 4 + k};
         if (t.from_rank == rank) {
-          const float* from = k == 0   ? model->parameter(t.tensor)
-                              : k == 1 ? model->moment1(t.tensor)
-                                       : model->moment2(t.tensor);
+          const float* from = held_place(t.tensor).array(k);
           if (from == nullptr)
             return make_error(errc::conflict, "asked to send {}, which this worker does not hold",
                               t.tensor);
@@ -457,15 +513,13 @@ struct trainer::implementation {
                                            static_cast<std::size_t>(info.count()) * 4);
           if (auto sent = current_links->send(t.to_rank, key, bytes); !sent) return sent;
         } else if (t.to_rank == rank) {
-          float* into = k == 0   ? target.parameter(t.tensor)
-                        : k == 1 ? target.moment1(t.tensor)
-                                 : target.moment2(t.tensor);
+          float* into = target.place(t.tensor).array(k);
           if (into == nullptr)
             return make_error(errc::conflict, "asked to take {}, which this stage does not have",
                               t.tensor);
           // What arrives replaces state of the same step (or of none): until all is here the
           // holding is mixed.
-          if (!is_fresh) has_state = false;
+          if (into == held_place(t.tensor).array(k)) has_state = false;
           std::span<std::byte> bytes(reinterpret_cast<std::byte*>(into),
                                      static_cast<std::size_t>(info.count()) * 4);
           if (auto got = current_links->receive(t.from_rank, key, bytes); !got) return got;
@@ -475,23 +529,24 @@ struct trainer::implementation {
     return ok();
   }
 
-  result<void> initialise(const job_spec& wanted, stage& target) {
+  result<void> initialise(const job_spec& wanted, const new_state& target) {
     const std::string& init = wanted.model.init;
-    target.initialise_parameters();
     for (const tensor_info& t : target.tensors()) {
-      std::memset(target.moment1(t.name), 0, static_cast<std::size_t>(t.count()) * 4);
-      std::memset(target.moment2(t.name), 0, static_cast<std::size_t>(t.count()) * 4);
+      const state_place place = target.place(t.name);
+      stagecoach::initialise(place.parameter, t, wanted.model);
+      std::memset(place.moment1, 0, static_cast<std::size_t>(t.count()) * 4);
+      std::memset(place.moment2, 0, static_cast<std::size_t>(t.count()) * 4);
     }
     if (init.rfind("hf:", 0) != 0) return ok();
     auto folder = hf_folder::open(init.substr(3));
     if (!folder) return folder.err();
     for (const tensor_info& t : target.tensors()) {
-      if (auto got = folder->read(t.name, target.parameter(t.name)); !got) return got;
+      if (auto got = folder->read(t.name, target.place(t.name).parameter); !got) return got;
     }
     return ok();
   }
 
-  result<void> read_checkpoint(const commit& c, stage& target) {
+  result<void> read_checkpoint(const commit& c, const new_state& target) {
     std::map<std::string, const part_record*> where;
     for (const part_record& p : c.parts)
       for (const std::string& t : p.tensors) where.emplace(t, &p);
@@ -508,9 +563,10 @@ struct trainer::implementation {
         if (!opened) return opened.err();
         at = open_parts.emplace(p.file, std::move(*opened)).first;
       }
-      for (auto [name, into] : {std::pair{t.name, target.parameter(t.name)},
-                                {"opt.m." + t.name, target.moment1(t.name)},
-                                {"opt.v." + t.name, target.moment2(t.name)}}) {
+      const state_place place = target.place(t.name);
+      for (auto [name, into] : {std::pair{t.name, place.parameter},
+                                {"opt.m." + t.name, place.moment1},
+                                {"opt.v." + t.name, place.moment2}}) {
         if (auto got = at->second.read(name, into, 0, t.count()); !got) return got;
       }
     }
@@ -531,7 +587,9 @@ struct trainer::implementation {
         "{:.1f} MB, allocated {:.1f} MB; loaded in {:.1f} ms",
         shape.generation, options.name, shape.stage_of(my_rank), shape.replica_of(my_rank),
         units_first, units_last - 1, state_step - 1, static_cast<double>(predicted.total()) / 1e6,
-        static_cast<double>(model->allocated_bytes() + runner->allocated_bytes()) / 1e6,
+        static_cast<double>(model->allocated_bytes() + copies->allocated_bytes() +
+                            runner->allocated_bytes()) /
+            1e6,
         static_cast<double>(load_us) / 1e3);
     options.emit(line);
     is_memory_shown = true;
@@ -829,6 +887,7 @@ struct trainer::implementation {
 
   // The trainer's thread alone:
   std::unique_ptr<stage> model;
+  std::unique_ptr<shadow_state> copies;  // beside model, at the same step; never null where that is
   job_spec spec;
   plan shape;
   int my_rank = 0, units_first = 0, units_last = 0, slot_count = 0;

@@ -104,6 +104,7 @@ class cluster {
   // ---- oracle ----
   void check_record(const job_record& record);
   void check_commit(const commit& c);
+  void check_nothing_lost(const commit& c);
   void check_manifest(const actions::write_manifest& m);
   void check_state(const toy_trainer& t);
 
@@ -121,6 +122,8 @@ class cluster {
   void exchange(const process_ptr& p, std::uint64_t epoch);
   void run_trainer(const process_ptr& p);
   void begin_step(const process_ptr& p);
+  void give_to_copies(const process_ptr& p);
+  void consider_vote(const process_ptr& p);
   void count_ballots(const process_ptr& zero, std::uint64_t step);
   void apply(const process_ptr& p, const vote_result& vote);
   void forward(toy_trainer& t, const vote_result& vote);
@@ -167,6 +170,10 @@ class cluster {
   std::map<std::tuple<std::uint64_t, std::uint64_t, int>, process_id>
       seats_;  // (job, number, rank)
   std::map<std::uint64_t, std::uint64_t> completed_;
+  std::map<std::uint64_t, plan> newest_plans_;             // by job, as sent
+  std::set<std::pair<std::uint64_t, std::uint64_t>> ran_;  // (job, number)
+  std::map<std::tuple<std::uint64_t, std::uint64_t, process_id>, prepared>
+      answers_;  // (job, number, process)
 
   std::unique_ptr<cluster_machine> coordinator_;
   std::uint64_t incarnation_ = 0;  // of this simulation, to void old events

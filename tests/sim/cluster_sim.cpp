@@ -67,6 +67,7 @@ job_spec cluster::make_spec(int index) {
   s.elasticity.on_loss = chance(0.7) ? "replace" : chance(0.5) ? "shrink" : "wait";
   s.elasticity.wait_for_min_ms = static_cast<std::int64_t>(draw(2'000, 30'000));
   s.elasticity.max_failures = 100'000;
+  s.elasticity.copies = static_cast<int>(draw(0, 2));
   if (chance(0.5)) {
     s.parallelism.is_explicit = true;
     s.parallelism.stages =

@@ -68,6 +68,7 @@ int main(int argc, char** argv) {
     sum.live_recoveries += x.live_recoveries;
     sum.roll_forwards += x.roll_forwards;
     sum.saves += x.saves;
+    sum.covered_losses += x.covered_losses;
     if (x.safety.empty() && x.liveness.empty()) continue;
     ++bad;
     if (!x.safety.empty()) fmt::print("seed {}: safety: {}\n", s, x.safety);
@@ -77,9 +78,11 @@ int main(int argc, char** argv) {
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
   fmt::print(
       "{} seeds from {}: {} events, {} steps, {} generations, {} lost workers, {} coordinator "
-      "crashes, {} live loads, {} roll-forwards, {} loads from checkpoints, {} saves; {} bad; "
+      "crashes, {} live loads, {} roll-forwards, {} loads from checkpoints, {} losses with copies, "
+      "{} saves; {} bad; "
       "{:.1f} s\n",
       done, seed, sum.events, sum.steps, sum.generations, sum.lost_workers, sum.coordinator_crashes,
-      sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.saves, bad, took.count());
+      sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.covered_losses, sum.saves, bad,
+      took.count());
   return bad == 0 ? 0 : 1;
 }

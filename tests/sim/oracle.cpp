@@ -1,5 +1,6 @@
 // What must hold whatever happens; from the simulation's own truth, never from a machine.
 #include "coordinator/wire.hpp"
+#include "model/copies.hpp"
 #include "model/tensor_names.hpp"
 #include "tests/sim/cluster.hpp"
 
@@ -32,8 +33,11 @@ void cluster::check_commit(const commit& c) {
   if (!saved || !(saved->shape == c.shape))
     violate("commit {} is not the plan that was saved", c.shape.generation);
   const std::uint64_t hash = plan_hash(c.shape);
-  if (plans_.emplace(std::pair(job, c.shape.generation), hash).first->second != hash) {
-    violate("two plans have number {} of job {}", c.shape.generation, job);
+  const auto [known, is_new] = plans_.emplace(std::pair(job, c.shape.generation), hash);
+  if (known->second != hash) violate("two plans have number {} of job {}", c.shape.generation, job);
+  if (is_new) {
+    check_nothing_lost(c);
+    newest_plans_[job] = c.shape;
   }
   // Never below what is durable and whole.
   for (const auto& [step, m] : manifests_[job]) {
@@ -42,6 +46,34 @@ void cluster::check_commit(const commit& c) {
       violate("commit {} of job {} starts at step {} though step {} is durable", c.shape.generation,
               job, c.step, step);
     }
+  }
+}
+
+/// Where those who remain of the former plan held a copy of every stage, no step that one of them
+/// stands at is given up.
+void cluster::check_nothing_lost(const commit& c) {
+  const std::uint64_t job = value(c.shape.job);
+  const auto former = newest_plans_.find(job);
+  if (former == newest_plans_.end() || ran_.count({job, former->second.generation}) == 0) return;
+  const layout& shape = former->second.shape;
+  const int copies = shape.replica_count > 1
+                         ? shape.replica_count - 1
+                         : std::min(c.spec.elasticity.copies, shape.worker_count() - 1);
+  int remaining = 0;
+  std::uint64_t newest = 0;
+  for (const plan_member& m : former->second.members) {
+    const bool stays = std::any_of(c.shape.members.begin(), c.shape.members.end(),
+                                   [&m](const auto& n) { return n.process == m.process; });
+    const auto answer = answers_.find({job, c.shape.generation, m.process});
+    if (!stays || answer == answers_.end() || !answer->second.has_state) continue;
+    ++remaining;
+    newest = std::max(newest, answer->second.step);
+  }
+  if (remaining == 0 || shape.worker_count() - remaining > copies) return;
+  ++result_.covered_losses;
+  if (c.source != source_kind::live || c.step < newest) {
+    violate("commit {} of job {} starts at step {}, though those who remain hold all of step {}",
+            c.shape.generation, job, c.step, newest);
   }
 }
 

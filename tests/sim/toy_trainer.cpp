@@ -1,4 +1,5 @@
 // A trainer without arithmetic: prepares, loads, runs, votes and saves as the real one does.
+#include "model/copies.hpp"
 #include "model/tensor_names.hpp"
 #include "tests/sim/cluster.hpp"
 
@@ -21,6 +22,7 @@ void cluster::to_trainer(const process_ptr& p, const to_worker& message) {
       answer.last_vote = t.last_vote;
       answer.has_pending = t.has_pending;
     }
+    answers_[{x->job, x->number, p->id}] = answer;
     emit(p, answer);
   } else if (const auto* c = std::get_if<commit>(&message)) {
     load(p, *c);
@@ -45,7 +47,8 @@ void cluster::forward(toy_trainer& t, const vote_result& vote) {
   t.step = vote.step;
   t.chain = vote.chain;
   t.last_vote = vote;
-  t.has_pending = false;
+  t.has_pending = t.is_computed = false;
+  std::erase_if(t.copy_gradients, [&t](const auto& g) { return g.first <= t.step; });
   check_state(t);
 }
 
@@ -142,24 +145,38 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
       violate("{} loaded for step {} has other bits", name, c.step);
     mine[name] = v->second;
   }
+  const std::vector<tensor_size> all = all_tensor_sizes(c.spec.model);
+  values counted = mine;
+  if (stage != 0) counted.erase("wte.weight");
+  for (const kept_copy& copy : copies_kept(c.spec, c.shape.shape, hosts_of(c.shape), t.rank)) {
+    for (const int i : copy.tensors) {
+      const std::string& name = all[static_cast<std::size_t>(i)].name;
+      const auto v = have.find(name);
+      if (v == have.end())
+        return violate("rank {} has nobody to give it a copy of {}", t.rank, name);
+      if (v->second != truth_of(job).at[c.step].at(name))
+        violate("the copy of {} loaded for step {} has other bits", name, c.step);
+      mine[name] = v->second;
+    }
+  }
   // The old state goes only now: a prepare during the load finds it.
   t.weights = std::move(mine);
   t.has_state = true;
   t.step = c.step;
   t.chain = c.chain;
   if (t.last_vote && t.last_vote->step != c.step) t.last_vote.reset();
-  t.has_pending = false;
+  t.has_pending = t.is_computed = false;
+  t.copy_gradients.clear();
   t.ballots.clear();
   t.orders.clear();
   t.now = toy_trainer::doing::ready;
-  values counted = t.weights;
-  if (c.shape.stage_of(t.rank) != 0) counted.erase("wte.weight");
   emit(p, ready{job, c.shape.generation, t.hash, c.step, hash_of(counted)});
 }
 
 void cluster::run_trainer(const process_ptr& p) {
   toy_trainer& t = p->trainer;
   t.now = toy_trainer::doing::running;
+  ran_.emplace(value(t.shape.job), t.shape.generation);
   if (t.save_first) {
     t.save_first = false;
     start_save(p, t.step == static_cast<std::uint64_t>(t.spec.stop_steps));
@@ -180,18 +197,46 @@ void cluster::begin_step(const process_ptr& p) {
     for (int r = 0; r < static_cast<int>(t.shape.members.size()); ++r) {
       if (r != t.rank && !share_links(p, peer_of(t, r))) return;  // the step is broken
     }
-    t.has_pending = true;
-    const process_ptr zero = peer_of(t, 0);
-    on(zero, zero == p ? 0 : delay(100, 5 * ms),
-       [this, zero, rank = t.rank, hash = t.hash, step = t.step + 1, chain = t.chain] {
-         toy_trainer& z = zero->trainer;
-         if (z.hash != hash || !z.are_links_open) return;
-         if (z.step + 1 != step)
-           return violate("rank {} votes for step {}, rank 0 stands at {}", rank, step, z.step);
-         z.ballots[step][rank] = chain;
-         count_ballots(zero, step);
-       });
+    t.is_computed = true;
+    give_to_copies(p);
+    consider_vote(p);
   });
+}
+
+/// The reduced gradient of its stage to who keeps copies of it.
+void cluster::give_to_copies(const process_ptr& p) {
+  const toy_trainer& t = p->trainer;
+  const auto kept = copied_ranks(t.spec.elasticity.copies, t.shape.shape, hosts_of(t.shape));
+  for (int r = 0; r < static_cast<int>(kept.size()); ++r) {
+    const auto& owners = kept[static_cast<std::size_t>(r)];
+    if (std::find(owners.begin(), owners.end(), t.rank) == owners.end()) continue;
+    const process_ptr holder = peer_of(t, r);
+    on(holder, delay(100, 10 * ms),
+       [this, holder, rank = t.rank, hash = t.hash, step = t.step + 1] {
+         toy_trainer& h = holder->trainer;
+         if (h.hash != hash || !h.are_links_open) return;
+         h.copy_gradients[step].insert(rank);
+         consider_vote(holder);
+       });
+  }
+}
+
+void cluster::consider_vote(const process_ptr& p) {
+  toy_trainer& t = p->trainer;
+  if (!t.is_computed || t.has_pending || t.now != toy_trainer::doing::running) return;
+  const auto kept = copied_ranks(t.spec.elasticity.copies, t.shape.shape, hosts_of(t.shape));
+  if (t.copy_gradients[t.step + 1].size() < kept[static_cast<std::size_t>(t.rank)].size()) return;
+  t.has_pending = true;
+  const process_ptr zero = peer_of(t, 0);
+  on(zero, zero == p ? 0 : delay(100, 5 * ms),
+     [this, zero, rank = t.rank, hash = t.hash, step = t.step + 1, chain = t.chain] {
+       toy_trainer& z = zero->trainer;
+       if (z.hash != hash || !z.are_links_open) return;
+       if (z.step + 1 != step)
+         return violate("rank {} votes for step {}, rank 0 stands at {}", rank, step, z.step);
+       z.ballots[step][rank] = chain;
+       count_ballots(zero, step);
+     });
 }
 
 void cluster::count_ballots(const process_ptr& zero, std::uint64_t step) {

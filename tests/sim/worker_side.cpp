@@ -12,6 +12,7 @@ void cluster::start_process(const std::string& name) {
   identity.name = name;
   identity.process = p->id;
   identity.host = "host-" + name;
+  identity.link_host = fmt::format("host-{}", hash_name(name) % 3);
   identity.device = "cpu";
   identity.device_class = "c";
   p->machine = std::make_unique<worker_machine>(identity);

@@ -72,6 +72,8 @@ struct toy_trainer {
   values weights, serving;
   std::optional<vote_result> last_vote;
   bool has_pending = false;
+  bool is_computed = false;  // its own stage's gradient of step + 1 is reduced
+  std::map<std::uint64_t, std::set<int>> copy_gradients;  // by step: owners whose gradient is here
   bool are_links_open = false;
   std::set<int> lost_peers;
   enum class doing { nothing, loading, ready, running, held, finished } now = doing::nothing;
