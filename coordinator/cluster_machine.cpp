@@ -17,7 +17,7 @@ constexpr std::int64_t name_taken_ms = 1'500;
 constexpr std::int64_t beat_period_ms = 1'000;
 // A tick that comes later than this says that this process slept, not that everybody else was
 // silent.
-constexpr std::int64_t tick_gap_ms_max = 1'000;
+constexpr std::int64_t tick_gap_ms_max = 500;
 constexpr std::int64_t forget_after_ms = 3'600'000;  // shown as LOST until then
 constexpr std::int64_t avoid_ms = 10'000;            // a worker that a job gave up
 constexpr std::int64_t stop_again_ms = 3'000;

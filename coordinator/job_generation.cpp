@@ -1,4 +1,5 @@
-// job_machine, second part: losses, and a generation's way from prepare to run.
+// job_machine, second part: losses, and a generation's way from prepare to run. Who is lost is
+// job_watch.cpp's.
 #include <algorithm>
 #include <utility>
 
@@ -10,68 +11,6 @@
 namespace stagecoach {
 
 // ---- losses ----
-void job_machine::watch_members() {
-  if (phase_ == phase::none || !has_ticked_) return;
-  std::map<worker_id, std::string> lost;
-  for (const auto& [worker, m] : members_) {
-    if (std::string why = reason_lost(m); !why.empty()) lost[worker] = std::move(why);
-  }
-  if (!lost.empty()) return lose(lost);
-  if (!is_committed()) return;
-  if (const std::string fault = reason_link_fault(); !fault.empty()) fail_generation(fault);
-}
-
-std::string job_machine::reason_lost(const member& m) const {
-  const auto is_said_by_peer = [this](const std::map<worker_id, std::int64_t>& reports) {
-    return std::any_of(reports.begin(), reports.end(), [this](const auto& r) {
-      const auto by = members_.find(r.first);
-      return by != members_.end() && by->second.is_connected;
-    });
-  };
-  const bool is_lost_by = is_said_by_peer(m.lost_by);
-  const bool is_suspected = is_said_by_peer(m.suspected_by);
-  const std::int64_t silent_ms = now_ms_ - m.heard_ms;
-  if (m.is_connected) {
-    if (silent_ms >= rules_.silence_max) return fmt::format("no beat for {} ms", silent_ms);
-    if (silent_ms >= rules_.suspected_silence && (is_lost_by || is_suspected)) {
-      return fmt::format("no beat for {} ms, and its links are silent", silent_ms);
-    }
-    return {};
-  }
-  const std::int64_t gone_ms = now_ms_ - m.disconnected_ms;
-  if (m.rank < 0 && is_committed()) return "connection closed: " + m.disconnected_why;
-  if (is_lost_by) return "connection and links closed: " + m.disconnected_why;
-  // A lost control socket never evicts while links live; the peers would have said otherwise by
-  // now.
-  const bool has_links = m.rank >= 0 && (phase_ == phase::running || phase_ == phase::holding);
-  const bool has_witness =
-      has_links && std::any_of(members_.begin(), members_.end(), [&m](const auto& other) {
-        return other.second.rank >= 0 && other.second.rank != m.rank && other.second.is_connected;
-      });
-  const std::int64_t patience =
-      has_witness && !is_suspected ? rules_.unconfirmed_max : rules_.reconnect_grace;
-  if (gone_ms < patience) return {};
-  return fmt::format("connection closed ({}) and not back in {} ms", m.disconnected_why, gone_ms);
-}
-
-std::string job_machine::reason_link_fault() const {
-  for (const auto& [worker, m] : members_) {
-    for (const auto& [by, since] : m.lost_by) {
-      if (now_ms_ - since >= rules_.link_lost_wait) {
-        return fmt::format("the link between {} and w-{} broke, both are alive", m.facts.name,
-                           value(by));
-      }
-    }
-    for (const auto& [by, since] : m.suspected_by) {
-      if (now_ms_ - since >= rules_.link_suspected_max) {
-        return fmt::format("the link between {} and w-{} carries nothing, both are alive",
-                           m.facts.name, value(by));
-      }
-    }
-  }
-  return {};
-}
-
 void job_machine::lose(const std::map<worker_id, std::string>& lost) {
   bool breaks_generation = false;
   std::string last;
@@ -86,9 +25,10 @@ void job_machine::lose(const std::map<worker_id, std::string>& lost) {
     note("worker_lost", fmt::format("{}: {}", m.facts.name, why),
          {{"worker", m.facts.name}, {"host", m.facts.host}, {"step", std::to_string(m.step)}},
          is_in_plan ? "warn" : "info");
+    if (m.is_connected) send(worker, stop_stage{value(id()), "given up: " + why});
     // Silent is not dead: it may stand at a newer step than the others, so it is worth a wait.
-    const bool is_silent = m.is_connected;
-    if (is_silent) send(worker, stop_stage{value(id()), "given up: " + why});
+    const std::string verdict = verdict_on(worker);
+    const bool is_silent = verdict.empty() ? m.is_connected : verdict != "gone";
     if (is_silent && is_in_plan) sought_.insert(worker);
     release(worker, why, true);
   }
@@ -459,11 +399,13 @@ void job_machine::consider_adoption() {
   if (!is_whole()) {
     const bool are_known_lost = std::all_of(
         sought_.begin(), sought_.end(), [this](worker_id w) { return sought_lost_.count(w) != 0; });
-    const bool is_over = waited >= rules_.minority_wait ||
-                         (are_known_lost && !members_.empty() && waited >= rules_.reconnect_grace);
+    const std::int64_t patience = sought_.empty()  ? 0  // all that are missing are known dead
+                                  : are_known_lost ? rules_.reconnect_grace
+                                                   : rules_.minority_wait;
+    const bool is_over = waited >= (members_.empty() ? rules_.minority_wait : patience);
     if (!is_over) return;
-    const std::string why =
-        fmt::format("{} workers did not return to the coordinator", sought_.size());
+    const auto missing = planned_count() - static_cast<int>(planned().size());
+    const std::string why = fmt::format("{} workers did not return to the coordinator", missing);
     note("worker_lost", why, {}, "warn");
     sought_.clear();
     if (members_.empty()) {

@@ -6,8 +6,8 @@
 #include "coordinator/wire.hpp"
 #include "model/copies.hpp"
 
-// This file: events, what members say, views. Generations and losses are in job_generation.cpp;
-// orders, saves and the end in job_saves.cpp.
+// This file: events, what members say, views. Who is lost is in job_watch.cpp, generations in
+// job_generation.cpp; orders, saves and the end in job_saves.cpp.
 namespace stagecoach {
 
 namespace {

@@ -39,15 +39,24 @@ enum class reply_id : std::uint64_t {};    // given by the shell with a request;
 
 /// When silence becomes a loss, and how long the job waits for what. Milliseconds.
 struct detection {
-  std::int64_t reconnect_grace =
-      3'000;  // control closed, no peer to ask: a worker's back-off is under 2 s
-  std::int64_t unconfirmed_max =
-      30'000;  // control closed, but its links live: a lost control socket never
-               // evicts; half a minute on, nobody could give it orders any more
-  std::int64_t suspected_silence = 3'000;  // three missed beats and a peer's word
-  std::int64_t silence_max = 10'000;       // ten missed beats alone: frozen, or its host is
-  std::int64_t link_lost_wait =
-      1'000;  // a link broke, both ends beat: the control loss may be on its way
+  // With a witness (coordinator/job_watch.cpp): suspicion or a missed beat makes another worker
+  // ask.
+  std::int64_t beat_missed = 2'500;  // beats come each second: two, and half a one for a busy host
+  std::int64_t beat_late = 1'400;    // no beat for so long is a second sign beside a silent link
+  std::int64_t probe_wait = 800;     // a witness answers within 300 ms, or is in trouble itself
+  std::int64_t probe_again = 1'000;  // an answer is that old, and there is still a reason to ask
+  // A link is suspected and its peer alive: a process that was stopped for a moment sends again by
+  // then, and with the second of silence before it makes a cut known within 1.5 s.
+  std::int64_t link_settle = 400;
+  // Without one: nobody to ask, or nobody answers.
+  std::int64_t reconnect_grace = 3'000;     // control closed: a worker's back-off is under 2 s
+  std::int64_t unconfirmed_max = 300'000;   // control away, but its process answers: a lost
+                                            // control socket never evicts; five minutes on, orders
+                                            // and saves wait for it too long
+  std::int64_t suspected_silence = 3'000;   // three missed beats and a peer's word
+  std::int64_t silence_max = 10'000;        // ten missed beats alone: frozen, or its host is
+  std::int64_t link_lost_wait = 1'000;      // a link broke, both ends beat: the control loss may
+                                            // be on its way
   std::int64_t link_suspected_max = 5'000;  // a link stands but carries nothing
   std::int64_t prepare_wait =
       2'000;  // an answer to prepare needs no computation, only a dropped step
@@ -326,6 +335,16 @@ class job_machine {
     bool is_astray = false;                                   // came back without our generation
     std::map<worker_id, std::int64_t> lost_by, suspected_by;  // who says so, since when
   };
+  /// Somebody may be dead: another worker is asked to reach it.
+  struct inquiry {
+    worker_id witness{};         // who is asked
+    std::int64_t asked_ms = -1;  // -1: nobody is asked now
+    int reasons = 0;             // that there were when it was asked
+    std::set<worker_id> mute;    // witnesses that did not answer
+    std::string verdict, why;    // newest; empty: none
+    worker_id answered_by{};
+    std::int64_t answered_ms = 0;
+  };
   struct pending_save {
     std::vector<part_saved> parts;
     std::vector<part_saved> whole;  // being put into a manifest
@@ -370,6 +389,7 @@ class job_machine {
   void said(member& m, const held& x);
   void said(member& m, const finished& x);
   void said(member& m, const peer_report& x);
+  void said(member& m, const probed& x);
   void said(member& m, const log_line& x);
   void said(member& m, const goodbye& x);
   template <class T>
@@ -377,6 +397,12 @@ class job_machine {
 
   // Losses.
   void watch_members();
+  int reasons_to_ask(const member& m) const;
+  void inquire();
+  void ask_witness(worker_id about, const plan_member& peer, int reasons);
+  worker_id choose_witness(worker_id about, const inquiry& q) const;
+  std::string verdict_on(worker_id id) const;      // empty: none
+  std::string other_sign(const member& m) const;   // beside its witness's; empty: none
   std::string reason_lost(const member& m) const;  // empty: it is not lost
   std::string reason_link_fault() const;           // empty: none
   void lose(const std::map<worker_id, std::string>& lost);
@@ -463,9 +489,10 @@ class job_machine {
   std::string reason_;
   bool is_after_loss_ = false;
   std::int64_t prepare_began_ms_ = 0;
-  std::set<worker_id> sought_;        // of the former generation, silent, not known dead
-  std::set<worker_id> sought_lost_;   // of these: a peer says that its link to it closed
-  std::int64_t short_since_ms_ = -1;  // too few workers since; -1: enough
+  std::set<worker_id> sought_;              // of the former generation, silent, not known dead
+  std::set<worker_id> sought_lost_;         // of these: a peer says that its link to it closed
+  std::map<worker_id, inquiry> inquiries_;  // about members and sought ones
+  std::int64_t short_since_ms_ = -1;        // too few workers since; -1: enough
   std::string waits_for_;
   std::uint64_t request_ = 0;                      // find_checkpoint under way
   bool has_looked_ = false;                        // and answered, for this number

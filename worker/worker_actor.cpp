@@ -34,12 +34,17 @@ process_id random_process_id() {
   return id;
 }
 
+// A process that lives answers within a round trip or three; with the second of silence before, a
+// stopped one is known within 1.5 s.
+constexpr std::chrono::milliseconds probe_within{300};
+
 // What the actor's actions act on. Owned by the worker below, which outlives the actor.
 struct effects {
   std::unique_ptr<link_server> links;
   std::unique_ptr<trainer> training;
   std::unique_ptr<control_client> control;
   std::function<void(std::string)> give_up;
+  std::function<void(to_coordinator)> say;  // to the actor, as the trainer does
 
   // The client's first callback may come before start() has returned the client; the wait is for
   // that moment.
@@ -49,6 +54,13 @@ struct effects {
   void carry_out(const worker_actions::send& x) { (void)client.get()->send(encode(x.message)); }
   void carry_out(const worker_actions::reconnect& x) { client.get()->reconnect(x.why); }
   void carry_out(const worker_actions::give_up& x) { give_up(x.why); }
+  void carry_out(const worker_actions::ask_alive& x) {
+    const probe& q = x.question;
+    const peer_address to{q.peer.name, q.peer.process, q.peer.link_host, q.peer.link_port};
+    links->line().ask_alive(to, probe_within, [this, q](peer_verdict verdict, std::string why) {
+      say(probed{q.job, q.generation, value(q.peer.worker), to_string(verdict), std::move(why)});
+    });
+  }
   void carry_out(const worker_actions::tell_trainer& x) {
     std::visit([this](const auto& message) { tell(message); }, x.message);
   }
@@ -168,9 +180,10 @@ class running_worker : public worker {
     training.name = name_;
     training.process = identity.process;
     training.faults = options.faults;
-    training.emit = [to = actor_](to_coordinator message) {
+    world_.say = [to = actor_](to_coordinator message) {
       caf::anon_send(to, worker_event{worker_events::trainer_said{std::move(message)}});
     };
+    training.emit = world_.say;
     world_.training = std::make_unique<trainer>(std::move(training), *world_.links);
 
     control_client::options control;

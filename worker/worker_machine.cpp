@@ -249,6 +249,10 @@ void worker_machine::said(const peer_report& x) {
   if (is_welcome_) send(x);
 }
 
+void worker_machine::said(const probed& x) {
+  if (is_welcome_) send(x);  // after a while away nobody waits for it
+}
+
 // ---- small ones ----
 void worker_machine::send(to_coordinator message) {
   if (is_connected_) out_.push_back(worker_actions::send{std::move(message)});

@@ -64,10 +64,14 @@ struct reconnect {
 struct give_up {
   std::string why;
 };  // refused for good: end the process
+struct ask_alive {
+  probe question;
+};  // over the peer line; answered by trainer_said{probed}
 }  // namespace worker_actions
 
-using worker_action = std::variant<worker_actions::send, worker_actions::tell_trainer,
-                                   worker_actions::reconnect, worker_actions::give_up>;
+using worker_action =
+    std::variant<worker_actions::send, worker_actions::tell_trainer, worker_actions::reconnect,
+                 worker_actions::give_up, worker_actions::ask_alive>;
 
 class worker_machine {
  public:
@@ -107,6 +111,7 @@ class worker_machine {
   void told(const resume_stage& x);
   void told(const checkpoint_durable& x);
   void told(const stop_stage& x);
+  void told(const probe& x) { out_.push_back(worker_actions::ask_alive{x}); }
   template <class T>
   void told(const T&) {}  // what this machine has no part in
 
@@ -118,6 +123,7 @@ class worker_machine {
   void said(const held& x);
   void said(const finished& x);
   void said(const peer_report& x);
+  void said(const probed& x);
   template <class T>
   void said(const T& x) {
     pass_on(x);

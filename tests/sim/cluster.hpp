@@ -117,6 +117,7 @@ class cluster {
   // ---- workers ----
   void step_worker(const process_ptr& p, const worker_event& e);
   void emit(const process_ptr& p, to_coordinator message);
+  void ask_alive(const process_ptr& p, const probe& question);
   void to_trainer(const process_ptr& p, const to_worker& message);
   void load(const process_ptr& p, const commit& c);
   void exchange(const process_ptr& p, std::uint64_t epoch);

@@ -7,8 +7,13 @@ void cluster::kill(const process_ptr& p) {
   say("{} is killed", p->name);
   close_links(p);
   p->is_alive = false;
-  if (p->channel)
-    cut(p->channel, -1, chance(0.9) ? delay(ms, 20 * ms) : delay(second, 10 * second));
+  p->has_lost_host = chance(0.1);
+  if (p->channel) {
+    cut(p->channel, -1,
+        p->has_lost_host ? delay(second, 10 * second)
+        : chance(0.9)    ? delay(ms, 20 * ms)
+                         : delay(second, 10 * second));
+  }
   in(delay(100 * ms, 8 * second), [this, name = p->name] { start_process(name); });
 }
 

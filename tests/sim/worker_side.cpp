@@ -13,6 +13,7 @@ void cluster::start_process(const std::string& name) {
   identity.process = p->id;
   identity.host = "host-" + name;
   identity.link_host = fmt::format("host-{}", hash_name(name) % 3);
+  identity.link_port = 4000;
   identity.device = "cpu";
   identity.device_class = "c";
   p->machine = std::make_unique<worker_machine>(identity);
@@ -44,8 +45,26 @@ void cluster::step_worker(const process_ptr& p, const worker_event& e) {
     } else if (const auto* g = std::get_if<worker_actions::give_up>(&a)) {
       say("{} gives up: {}", p->name, g->why);
       kill(p);
+    } else if (const auto* q = std::get_if<worker_actions::ask_alive>(&a)) {
+      ask_alive(p, q->question);
     }
   }
+}
+
+/// The peer line: a process that lives answers within a round trip, a frozen one not in time.
+void cluster::ask_alive(const process_ptr& p, const probe& question) {
+  const auto found = by_id_.find(question.peer.process);
+  const auto answer = [this, p, question](us after, const char* verdict) {
+    on(p, after, [this, p, question, verdict] {
+      emit(p, probed{question.job, question.generation, value(question.peer.worker), verdict, ""});
+    });
+  };
+  if (found == by_id_.end()) return violate("{} is to ask after a stranger", p->name);
+  const process_ptr other = found->second;
+  in(travel(), [this, other, answer] {
+    if (!other->is_alive) return answer(travel(), other->has_lost_host ? "silent" : "gone");
+    answer(other->is_frozen ? 300 * ms : travel(), other->is_frozen ? "silent" : "alive");
+  });
 }
 
 void cluster::emit(const process_ptr& p, to_coordinator message) {

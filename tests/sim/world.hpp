@@ -91,6 +91,7 @@ struct process {
   toy_trainer trainer;
   std::shared_ptr<connection> channel;
   bool is_alive = true, is_frozen = false;
+  bool has_lost_host = false;  // died with its host: nobody refuses its port
   bool is_dialling = false;
   std::vector<std::function<void()>> deferred;
   us last_emit = 0, last_command = 0;

@@ -1,0 +1,219 @@
+// job_machine, fourth part: who is lost, and which link is.
+//
+// A closed socket, a suspicion or missed beats are reasons to ask, not to evict: another member is
+// asked to reach the process, over the peer line (worker/peer_line.hpp).
+//   gone    its port refuses, or another process answers there: known dead, lost at once
+//   silent  lost if there is a second sign beside the witness's: its control channel is closed or
+//           late, or another member's link to it is closed or silent
+//   alive   never lost for it; if a link to it is closed, or carries nothing, the link is at fault:
+//           the generation ends and the links are dialled again
+// Where nobody can be asked, or nobody answers, patience decides (`detection`). What the
+// coordinator slept through is no silence: its ticks advance by a bounded time (cluster_machine).
+#include <algorithm>
+#include <utility>
+
+#include "coordinator/job_machine.hpp"
+
+namespace stagecoach {
+
+void job_machine::watch_members() {
+  if (phase_ == phase::none || !has_ticked_) return;
+  inquire();
+  std::map<worker_id, std::string> lost;
+  for (const auto& [worker, m] : members_) {
+    if (std::string why = reason_lost(m); !why.empty()) lost[worker] = std::move(why);
+  }
+  if (!lost.empty()) return lose(lost);
+  if (!is_committed()) return;
+  if (const std::string fault = reason_link_fault(); !fault.empty()) fail_generation(fault);
+}
+
+// ---- asking ----
+int job_machine::reasons_to_ask(const member& m) const {
+  const bool is_late = m.is_connected && now_ms_ - m.heard_ms >= rules_.beat_missed;
+  return static_cast<int>(m.lost_by.size() + m.suspected_by.size()) + (m.is_connected ? 0 : 1) +
+         (is_late ? 1 : 0);
+}
+
+void job_machine::inquire() {
+  std::erase_if(inquiries_, [this](const auto& q) {
+    const auto found = members_.find(q.first);
+    return found != members_.end() ? reasons_to_ask(found->second) == 0
+                                   : sought_.count(q.first) == 0;
+  });
+  for (const auto& [worker, m] : members_) {
+    const worker_facts& f = m.facts;
+    if (const int reasons = reasons_to_ask(m); reasons > 0)
+      ask_witness(worker, {f.id, f.process, f.name, f.link_host, f.link_port}, reasons);
+  }
+  if (sought_.empty() || !generation_) return;
+  for (const plan_member& peer : generation_->shape.members) {
+    if (sought_.count(peer.worker) != 0) ask_witness(peer.worker, peer, 1);
+  }
+  std::erase_if(sought_, [this](worker_id id) { return verdict_on(id) == "gone"; });
+}
+
+void job_machine::ask_witness(worker_id about, const plan_member& peer, int reasons) {
+  if (peer.link_port == 0) return;
+  inquiry& q = inquiries_[about];
+  if (q.verdict == "gone") return;
+  if (q.asked_ms >= 0) {
+    const auto witness = members_.find(q.witness);
+    const bool is_there = witness != members_.end() && witness->second.is_connected;
+    if (is_there && now_ms_ - q.asked_ms < rules_.probe_wait) return;
+    q.mute.insert(q.witness);
+    q.asked_ms = -1;
+  } else if (!q.verdict.empty() && reasons <= q.reasons &&
+             now_ms_ - q.answered_ms < rules_.probe_again) {
+    return;
+  }
+  const worker_id witness = choose_witness(about, q);
+  if (witness == worker_id{}) return;
+  if (reasons > q.reasons && q.verdict == "alive") q.verdict.clear();  // it may have died since
+  q.witness = witness;
+  q.asked_ms = now_ms_;
+  q.reasons = reasons;
+  send(witness, probe{value(id()), number_, peer});
+}
+
+/// Rather one whose own links work and who has no part in the quarrel; where all have, one that a
+/// single other accuses knows more than the accuser. 0: nobody.
+worker_id job_machine::choose_witness(worker_id about, const inquiry& q) const {
+  const auto accused = members_.find(about);
+  worker_id best{};
+  std::size_t best_doubt = 0;
+  for (const auto& [worker, m] : members_) {
+    const bool can = worker != about && m.is_connected &&
+                     now_ms_ - m.heard_ms < rules_.beat_missed && q.mute.count(worker) == 0;
+    if (!can) continue;
+    const bool is_accuser =
+        accused != members_.end() &&
+        (accused->second.lost_by.count(worker) != 0 || accused->second.suspected_by.count(worker));
+    const std::size_t doubt = 2 * (m.lost_by.size() + m.suspected_by.size()) + (is_accuser ? 3 : 0);
+    if (best != worker_id{} && doubt >= best_doubt) continue;
+    best = worker;
+    best_doubt = doubt;
+  }
+  return best;
+}
+
+void job_machine::said(member& m, const probed& x) {
+  const auto about = static_cast<worker_id>(x.peer);
+  const auto found = inquiries_.find(about);
+  const bool is_verdict = x.verdict == "alive" || x.verdict == "gone" || x.verdict == "silent";
+  if (found == inquiries_.end() || found->second.asked_ms < 0 ||
+      found->second.witness != m.facts.id || !is_verdict) {
+    ++stale_messages_;
+    return;
+  }
+  inquiry& q = found->second;
+  const bool is_news = q.verdict != x.verdict;
+  q.asked_ms = -1;
+  q.mute.clear();
+  q.verdict = x.verdict;
+  q.why = x.why;
+  q.answered_by = m.facts.id;
+  q.answered_ms = now_ms_;
+  if (!is_news) return;
+  std::string name = fmt::format("w-{}", x.peer);
+  if (const auto known = members_.find(about); known != members_.end())
+    name = known->second.facts.name;
+  note("worker_probed",
+       fmt::format("{} finds {} {}{}", m.facts.name, name, x.verdict,
+                   x.why.empty() ? "" : ": " + x.why),
+       {{"worker", name}, {"witness", m.facts.name}, {"verdict", x.verdict}});
+}
+
+std::string job_machine::verdict_on(worker_id id) const {
+  const auto q = inquiries_.find(id);
+  return q == inquiries_.end() ? "" : q->second.verdict;
+}
+
+// ---- judging ----
+/// Who else than the witness finds it silent.
+std::string job_machine::other_sign(const member& m) const {
+  if (!m.is_connected) return "its connection is closed";
+  if (const std::int64_t ms = now_ms_ - m.heard_ms; ms >= rules_.beat_late)
+    return fmt::format("no beat for {} ms", ms);
+  const worker_id witness = inquiries_.at(m.facts.id).answered_by;
+  for (const auto* reports : {&m.lost_by, &m.suspected_by}) {
+    for (const auto& [by, since] : *reports) {
+      const auto other = members_.find(by);
+      if (by != witness && other != members_.end() && other->second.is_connected)
+        return fmt::format("{}'s link to it is silent", other->second.facts.name);
+    }
+  }
+  return {};
+}
+
+std::string job_machine::reason_lost(const member& m) const {
+  const auto is_said_by_peer = [this](const std::map<worker_id, std::int64_t>& reports) {
+    return std::any_of(reports.begin(), reports.end(), [this](const auto& r) {
+      const auto by = members_.find(r.first);
+      return by != members_.end() && by->second.is_connected;
+    });
+  };
+  const std::int64_t silent_ms = now_ms_ - m.heard_ms, closed_ms = now_ms_ - m.disconnected_ms;
+  if (!m.is_connected && m.rank < 0 && is_committed())
+    return "connection closed: " + m.disconnected_why;
+
+  const auto asked = inquiries_.find(m.facts.id);
+  if (asked == inquiries_.end() && m.is_connected && silent_ms < rules_.silence_max) return {};
+  const inquiry none;
+  const inquiry& q = asked == inquiries_.end() ? none : asked->second;
+  if (q.verdict == "gone") return "its process is gone: " + q.why;
+  if (q.verdict == "silent") {
+    if (const std::string sign = other_sign(m); !sign.empty())
+      return fmt::format("{}, and {}", q.why, sign);
+  }
+  if (q.verdict == "alive") {
+    const std::int64_t away_ms = m.is_connected ? silent_ms : closed_ms;
+    if (away_ms < rules_.unconfirmed_max) return {};
+    return fmt::format("its process answers, but the coordinator can't hear it for {} ms", away_ms);
+  }
+  if (q.asked_ms >= 0) return {};  // its witness has the word
+
+  const bool is_lost_by = is_said_by_peer(m.lost_by);
+  if (m.is_connected) {
+    if (silent_ms >= rules_.silence_max) return fmt::format("no beat for {} ms", silent_ms);
+    if (silent_ms >= rules_.suspected_silence && (is_lost_by || is_said_by_peer(m.suspected_by)))
+      return fmt::format("no beat for {} ms, and its links are silent", silent_ms);
+    return {};
+  }
+  if (is_lost_by) return "connection and links closed: " + m.disconnected_why;
+  if (closed_ms < rules_.reconnect_grace) return {};
+  return fmt::format("connection closed ({}) and not back in {} ms", m.disconnected_why, closed_ms);
+}
+
+std::string job_machine::reason_link_fault() const {
+  for (const auto& [worker, m] : members_) {
+    const auto asked = inquiries_.find(worker);
+    const std::string verdict = asked == inquiries_.end() ? "" : asked->second.verdict;
+    const bool is_asked = asked != inquiries_.end() && asked->second.asked_ms >= 0;
+    // A frozen process accuses nobody: two that accuse each other are alive.
+    const auto is_mutual = [this, worker = worker](worker_id by) {
+      const auto other = members_.find(by);
+      return other != members_.end() && (other->second.lost_by.count(worker) != 0 ||
+                                         other->second.suspected_by.count(worker) != 0);
+    };
+    for (const auto& [by, since] : m.lost_by) {
+      const bool is_alive = verdict == "alive" && asked->second.answered_ms >= since;
+      if (is_alive || (!is_asked && now_ms_ - since >= rules_.link_lost_wait))
+        return fmt::format("the link between {} and w-{} broke, both are alive", m.facts.name,
+                           value(by));
+    }
+    for (const auto& [by, since] : m.suspected_by) {
+      const bool is_alive = verdict == "alive" && asked->second.answered_ms >= since;
+      const std::int64_t patience = is_alive || (verdict == "silent" && is_mutual(by))
+                                        ? rules_.link_settle
+                                    : verdict == "silent" ? rules_.link_lost_wait
+                                                          : rules_.link_suspected_max;
+      if (!is_asked && now_ms_ - since >= patience)
+        return fmt::format("the link between {} and w-{} carries nothing, both are alive",
+                           m.facts.name, value(by));
+    }
+  }
+  return {};
+}
+
+}  // namespace stagecoach

@@ -1,0 +1,329 @@
+// Who is lost, and who is not: coordinator/job_watch.cpp.
+#include <doctest/doctest.h>
+
+#include "tests/job_bench.hpp"
+
+using namespace stagecoach;
+using namespace stagecoach::test;
+
+namespace {
+
+job_spec replicas(int count) {
+  job_spec s = small_spec(1, count);
+  s.parallelism.is_explicit = true;
+  s.parallelism.stages = 1;
+  s.parallelism.replicas = count;
+  return s;
+}
+
+/// Three replicas that run: workers 1, 2, 3.
+bench three() {
+  bench b(replicas(3));
+  b.give({1, 2, 3});
+  for (const std::uint64_t n : {1, 2, 3}) b.answer(n, 1);
+  for (const std::uint64_t n : {1, 2, 3}) b.load(n);
+  REQUIRE(b.machine.state() == job_state::running);
+  return b;
+}
+
+/// Time in which these beat and nobody else is heard.
+void pass(bench& b, std::int64_t ms, std::vector<std::uint64_t> beating) {
+  for (std::int64_t t = 0; t < ms; t += 100) {
+    if (t % 1000 == 0) b.beats(beating);
+    b.tick(100);
+  }
+}
+
+std::vector<std::uint64_t> released(const std::vector<action>& actions) {
+  std::vector<std::uint64_t> ids;
+  for (const auto& r : all_of<actions::release>(actions)) ids.push_back(value(r.worker));
+  return ids;
+}
+
+}  // namespace
+
+TEST_CASE("a killed worker: one closed socket, one question, and the next prepare goes out") {
+  bench b = three();
+  const auto asked = b.step(job_events::worker_disconnected{w(2), "reset"});
+  const auto probes = sent<probe>(asked);
+  REQUIRE(probes.size() == 1);
+  CHECK(value(probes[0].first) == 1);
+  CHECK(value(probes[0].second.peer.worker) == 2);
+  CHECK(probes[0].second.peer.process == "p2");
+  CHECK(probes[0].second.peer.link_port == 4000);
+  CHECK(b.machine.state() == job_state::running);
+  const auto lost = b.find(2, "gone");
+  CHECK(released(lost) == std::vector<std::uint64_t>{2});
+  CHECK(sent<prepare>(lost).size() == 2);
+  CHECK(has_note(lost, "worker_lost"));
+}
+
+TEST_CASE("a closed link asks too, and a member that is not the accuser is asked first") {
+  bench b = three();
+  const auto probes = sent<probe>(b.say(1, peer_report{1, 1, 2, "lost", "reset"}));
+  REQUIRE(probes.size() == 1);
+  CHECK(value(probes[0].first) == 3);
+  CHECK(released(b.find(2, "gone")) == std::vector<std::uint64_t>{2});
+}
+
+TEST_CASE("a stopped worker: a peer's suspicion and a witness's silence evict it, in 1.5 s") {
+  bench b = three();
+  pass(b, 1000, {1, 2, 3});
+  pass(b, 1000, {1, 3});  // 2 stands since its last beat
+  const std::int64_t suspected = b.now;
+  CHECK(sent<probe>(b.say(1, peer_report{1, 1, 2, "suspected", "silent"})).size() == 1);
+  CHECK(sent<probe>(b.say(3, peer_report{1, 1, 2, "suspected", "silent"})).empty());
+  b.tick(300);
+  const auto lost = b.find(2, "silent");
+  CHECK(released(lost) == std::vector<std::uint64_t>{2});
+  CHECK(sent<prepare>(lost).size() == 2);
+  CHECK(b.now - suspected == 300);
+}
+
+TEST_CASE("two members: the accuser is the witness, and late beats are the second sign") {
+  bench b(replicas(2));
+  b.start();
+  b.save_step(0, 1000);
+  pass(b, 1000, {1, 2});
+  CHECK(sent<probe>(b.say(1, peer_report{1, 1, 2, "suspected", "silent"})).size() == 1);
+  SUBCASE("no beat either: lost") {
+    b.tick(300);
+    CHECK(released(b.find(2, "silent")).empty());  // its beat is 1.3 s old
+    CHECK(released(b.tick(100)) == std::vector<std::uint64_t>{2});
+  }
+  SUBCASE("it beats: the link is at fault, nobody is evicted") {
+    b.tick(300);
+    b.find(2, "silent");
+    b.beats({2});
+    auto all = b.tick(700);
+    CHECK(has_note(all, "generation_failed"));
+    for (action& a : b.tick(300)) all.push_back(std::move(a));
+    CHECK(released(all).empty());
+    CHECK(sent<prepare>(all).size() == 2);
+  }
+}
+
+TEST_CASE("a cut link between two that reach a third: the generation ends, nobody is evicted") {
+  bench b = three();
+  b.beats({1, 2, 3});
+  b.say(1, peer_report{1, 1, 2, "suspected", "silent"});
+  b.say(2, peer_report{1, 1, 1, "suspected", "silent"});
+  CHECK(b.witnesses.at(1) == 3);
+  CHECK(b.witnesses.at(2) == 3);
+  b.find(1, "alive");
+  b.find(2, "alive");
+  CHECK(b.machine.state() == job_state::running);  // it may send again in a moment
+  b.tick(300);
+  SUBCASE("it stays silent") {
+    auto all = b.tick(100);
+    CHECK(has_note(all, "generation_failed"));
+    for (action& a : b.tick(200)) all.push_back(std::move(a));
+    CHECK(sent<prepare>(all).size() == 3);
+    CHECK(released(all).empty());
+  }
+  SUBCASE("it recovers") {
+    b.say(1, peer_report{1, 1, 2, "recovered", ""});
+    b.say(2, peer_report{1, 1, 1, "recovered", ""});
+    pass(b, 5000, {1, 2, 3});
+    CHECK(b.machine.state() == job_state::running);
+  }
+}
+
+TEST_CASE("a link that closed between two living workers ends the generation at once") {
+  bench b = three();
+  b.say(1, peer_report{1, 1, 2, "lost", "reset"});
+  const auto failed = b.find(2, "alive");
+  CHECK(has_note(failed, "generation_failed"));
+  CHECK(released(failed).empty());
+}
+
+TEST_CASE("one that is cut off from all others is lost, though it accuses them") {
+  bench b = three();
+  b.beats({1, 2, 3});
+  b.say(2, peer_report{1, 1, 1, "suspected", "silent"});
+  b.say(2, peer_report{1, 1, 3, "suspected", "silent"});
+  b.say(1, peer_report{1, 1, 2, "suspected", "silent"});
+  b.say(3, peer_report{1, 1, 2, "suspected", "silent"});
+  CHECK(b.witnesses.at(1) == 3);
+  CHECK(b.witnesses.at(3) == 1);
+  b.find(1, "alive");
+  b.find(3, "alive");
+  b.tick(300);
+  // 1 says it, and 3's link is silent as well: two signs, while its beats still come.
+  CHECK(released(b.find(2, "silent")) == std::vector<std::uint64_t>{2});
+}
+
+TEST_CASE("a lost control socket does not evict while its process answers") {
+  bench b(two_stages());
+  b.start();
+  b.disconnect(2);
+  for (int i = 0; i < 60; ++i) {
+    if (b.machine.state() == job_state::running) b.find(2, "alive");
+    pass(b, 1000, {1});
+  }
+  CHECK(b.machine.state() == job_state::running);
+  SUBCASE("then it dies: the link closes, and the next answer is another") {
+    b.find(2, "alive");  // an answer from just before is no answer to the new question
+    b.step(job_events::worker_said{w(1), peer_report{1, 1, 2, "lost", "reset"}});
+    CHECK(b.machine.state() == job_state::running);
+    CHECK(released(b.find(2, "gone")) == std::vector<std::uint64_t>{2});
+  }
+  SUBCASE("five minutes on it is given up: orders and saves wait for it") {
+    for (int i = 0; i < 241; ++i) {
+      if (b.machine.state() == job_state::running) b.find(2, "alive");
+      pass(b, 1000, {1});
+    }
+    CHECK(b.machine.state() == job_state::recovering);
+  }
+}
+
+TEST_CASE("missed beats alone make somebody ask; a process that answers stays") {
+  bench b = three();
+  pass(b, 2400, {1, 3});
+  CHECK(b.witnesses.count(2) == 0);
+  pass(b, 200, {1, 3});
+  REQUIRE(b.witnesses.at(2) == 1);
+  SUBCASE("alive") {
+    b.find(2, "alive");
+    pass(b, 900, {1, 3});
+    CHECK(b.machine.state() == job_state::running);
+  }
+  SUBCASE("silent: no beat and no answer are two signs") {
+    CHECK(released(b.find(2, "silent")) == std::vector<std::uint64_t>{2});
+  }
+}
+
+TEST_CASE("a witness that does not answer is replaced, and its late word is dropped") {
+  bench b = three();
+  b.disconnect(2);
+  CHECK(b.witnesses.at(2) == 1);
+  pass(b, 700, {1, 3});
+  CHECK(b.witnesses.at(2) == 1);
+  pass(b, 200, {1, 3});
+  CHECK(b.witnesses.at(2) == 3);
+  b.say(1, probed{1, 1, 2, "gone", "late"});
+  CHECK(b.machine.state() == job_state::running);
+  CHECK(b.machine.view().stale_messages == 1);
+  b.say(3, probed{1, 1, 2, "whatever", ""});
+  CHECK(b.machine.state() == job_state::running);
+  b.find(2, "gone");
+  CHECK(b.machine.state() == job_state::recovering);
+}
+
+TEST_CASE("what the coordinator slept through evicts nobody") {
+  cluster_machine c(restored_records{});
+  (void)c.start();
+  (void)c.step(events::tick{0, 0});
+  (void)c.step(events::submit_job{replicas(2), "", reply_id{}});
+  std::int64_t now = 0;
+  const auto say = [&](std::uint64_t n, to_coordinator m) {
+    return c.step(events::worker_said{static_cast<connection_id>(n), std::move(m)});
+  };
+  for (const std::uint64_t n : {1, 2}) {
+    hello h;
+    h.name = fmt::format("w{}", n);
+    h.process = fmt::format("p{}", n);
+    h.device = "cpu";
+    h.link_host = "h";
+    h.link_port = 4000;
+    (void)c.step(events::worker_attached{static_cast<connection_id>(n), h});
+  }
+  (void)c.step(events::tick{now += 100, 0});
+  for (const std::uint64_t n : {1, 2}) {
+    prepared p;
+    p.job = p.number = 1;
+    (void)say(n, p);
+  }
+  const auto& job = c.jobs().begin()->second;
+  REQUIRE_MESSAGE(job.generation(), c.why(job.id()));
+  const std::uint64_t hash = plan_hash(job.generation()->shape);
+  for (const std::uint64_t n : {1, 2}) (void)say(n, ready{1, 1, hash, 0, ""});
+  REQUIRE(job.state() == job_state::running);
+  for (int i = 0; i < 20; ++i) {
+    (void)c.step(events::tick{now += 60'000, 0});  // it slept for a minute; then the mail is read
+    for (const std::uint64_t n : {1, 2}) (void)say(n, beat{1, 1, 0, 4});
+  }
+  CHECK(job.state() == job_state::running);
+  CHECK(job.generation()->shape.generation == 1);
+}
+
+TEST_CASE("after a restart, who is known dead is not waited for") {
+  restored_job r;
+  {
+    bench first(replicas(3));
+    first.give({1, 2, 3});
+    for (const std::uint64_t n : {1, 2, 3}) first.answer(n, 1);
+    r.record = first.machine.record();
+    r.generation = first.machine.generation();
+  }
+  bench b(r);
+  b.step(job_events::tick{b.now, b.now});
+  CHECK(b.machine.state() == job_state::running);
+  const auto back = [&](std::uint64_t n) {
+    hello h;
+    h.job = 1;
+    h.generation = 1;
+    h.plan_hash = b.hash();
+    h.phase = static_cast<int>(worker_phase::running);
+    h.process = fmt::format("p{}", n);
+    return b.step(job_events::worker_connected{w(n), h});
+  };
+  back(1);
+  REQUIRE(b.witnesses.at(2) == 1);
+  REQUIRE(b.witnesses.at(3) == 1);
+  b.find(2, "gone");
+  b.find(3, "alive");
+  pass(b, 500, {1});
+  CHECK(b.machine.phase_name() == std::string("adopting"));
+  back(3);
+  CHECK(b.machine.phase_name() == std::string("preparing"));
+}
+
+TEST_CASE("a single worker whose connection closed is lost after its grace") {
+  job_spec s = small_spec(1, 1);
+  bench b(s);
+  b.give({1});
+  b.answer(1, 1);
+  b.load(1);
+  b.disconnect(1);
+  b.tick(2900);
+  CHECK(b.machine.state() == job_state::running);
+  const auto lost = b.tick(200);
+  CHECK(all_of<actions::release>(lost).size() == 1);
+  CHECK(b.machine.state() == job_state::pending);
+}
+
+TEST_CASE("where witnesses do not answer, a frozen member is lost after three seconds, or ten") {
+  bench b(two_stages());
+  b.start();
+  SUBCASE("suspected") {
+    b.say(1, peer_report{1, 1, 2, "suspected", "silent"});
+    for (int i = 0; i < 29; ++i) {
+      b.beats({1});
+      b.tick(100);
+    }
+    CHECK(b.machine.state() == job_state::running);
+    b.beats({1});
+    b.tick(150);
+    CHECK(b.machine.state() == job_state::recovering);
+  }
+  SUBCASE("recovered in time") {
+    b.say(1, peer_report{1, 1, 2, "suspected", "silent"});
+    b.say(1, peer_report{1, 1, 2, "recovered", ""});
+    for (int i = 0; i < 40; ++i) {
+      b.beats({1});
+      b.tick(100);
+    }
+    CHECK(b.machine.state() == job_state::running);
+  }
+  SUBCASE("by silence alone") {
+    for (int i = 0; i < 99; ++i) {
+      b.beats({1});
+      b.tick(100);
+    }
+    CHECK(b.machine.state() == job_state::running);
+    b.beats({1});
+    b.tick(150);
+    CHECK(b.machine.state() == job_state::recovering);
+  }
+}
