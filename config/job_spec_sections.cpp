@@ -576,7 +576,7 @@ void spec_reader::read_parallelism(section& top) {
   }
   refuse(s, "virtual_stages", {"1"}, "virtual_stages: 1, or leave it out");
   refuse(s, "recompute", {"none"}, "recompute: none, or leave it out");
-  refuse(s, "shard_optimizer", {"false"}, "shard_optimizer: false, or leave it out");
+  if (const auto sharded = read_bool(s, "shard_optimizer")) p.shard_optimizer = *sharded;
   refuse(s, "tensor", {"1"}, "leave it out; a stage is on one worker");
   finish(s);
   const bool names_layout =

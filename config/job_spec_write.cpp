@@ -102,6 +102,7 @@ std::string write_job_spec_yaml(const job_spec& s) {
     if (!s.parallelism.layers.empty()) line("  layers: [{}]", joined(s.parallelism.layers));
   }
   line("  schedule: {}", s.parallelism.schedule);
+  line("  shard_optimizer: {}", s.parallelism.shard_optimizer);
   line("elasticity:");
   line("  workers: {}", range_text(s.elasticity.workers_min, s.elasticity.workers_max));
   line("  on_loss: {}", s.elasticity.on_loss);

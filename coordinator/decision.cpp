@@ -42,7 +42,7 @@ class chooser {
     }
     // As if all stood on one host: who sits where is not known yet, and this only weighs seats.
     const std::vector<std::string> hosts(static_cast<std::size_t>(shape.worker_count()));
-    for (int stage = 0; stage < shape.stage_count; ++stage) wants_.push_back(needs(stage, hosts));
+    for (int seat = 0; seat < seat_kinds(); ++seat) wants_.push_back(needs(seat, hosts));
   }
 
   std::optional<live_choice> choose(const stand& at) const {
@@ -72,9 +72,19 @@ class chooser {
   }
 
  private:
-  /// What the holder of a rank must hold: its stage, then the copies that it keeps.
+  /// Replicas of a stage hold the same and may sit in any order, unless each has its own share of
+  /// the moments. Seats of one kind are the ranks that equal it modulo the count of kinds.
+  int seat_kinds() const {
+    return is_sharded(spec_, shape_.replica_count) ? shape_.worker_count() : shape_.stage_count;
+  }
+
+  /// Of what the holder of a rank must have parameters and moments: of its stage (or its share of
+  /// it), then of the copies that it keeps.
   std::vector<int> needs(int rank, const std::vector<std::string>& hosts) const {
-    std::vector<int> tensors = stages_[static_cast<std::size_t>(rank % shape_.stage_count)];
+    const auto stage = static_cast<std::size_t>(rank % shape_.stage_count);
+    std::vector<int> tensors =
+        kept_moments(spec_, shape_.unit_cuts[stage], shape_.unit_cuts[stage + 1],
+                     rank / shape_.stage_count, shape_.replica_count);
     for (const kept_copy& copy : copies_kept(spec_, shape_, hosts, rank))
       tensors.insert(tensors.end(), copy.tensors.begin(), copy.tensors.end());
     return tensors;
@@ -149,32 +159,33 @@ class chooser {
     return chosen;
   }
 
-  /// Each to the stage of which, with the copies kept there, it holds the most.
+  /// Each to the seat of which, with the copies kept there, it holds the most.
   std::vector<int> sit(const std::vector<int>& chosen,
                        const std::map<int, const holder*>& held) const {
-    // (elements held, worker, stage, candidate): most first, then by id.
+    // (elements held, worker, kind of seat, candidate): most first, then by id.
     std::vector<std::tuple<std::int64_t, worker_id, int, int>> wishes;
     for (const int c : chosen) {
       const worker_id worker = candidates_[static_cast<std::size_t>(c)].worker;
-      for (int stage = 0; stage < shape_.stage_count; ++stage) {
+      for (int kind = 0; kind < seat_kinds(); ++kind) {
         std::int64_t overlap = 0;
         if (const auto h = held.find(c); h != held.end()) {
-          for (const int t : wants_[static_cast<std::size_t>(stage)]) {
+          for (const int t : wants_[static_cast<std::size_t>(kind)]) {
             if (h->second->tensors[static_cast<std::size_t>(t)] != 0) overlap += size(t);
           }
         }
-        wishes.emplace_back(-overlap, worker, stage, c);
+        wishes.emplace_back(-overlap, worker, kind, c);
       }
     }
     std::sort(wishes.begin(), wishes.end());
     std::vector<int> by_rank(static_cast<std::size_t>(shape_.worker_count()), -1);
-    std::vector<int> filled(static_cast<std::size_t>(shape_.stage_count), 0);
+    std::vector<int> next(by_rank.size());  // free rank of each kind
+    std::iota(next.begin(), next.end(), 0);
     std::set<int> seated;
-    for (const auto& [overlap, worker, stage, c] : wishes) {
-      int& replica = filled[static_cast<std::size_t>(stage)];
-      if (replica == shape_.replica_count || seated.count(c) != 0) continue;
-      by_rank[static_cast<std::size_t>(replica * shape_.stage_count + stage)] = c;
-      ++replica;
+    for (const auto& [overlap, worker, kind, c] : wishes) {
+      int& rank = next[static_cast<std::size_t>(kind)];
+      if (rank >= shape_.worker_count() || seated.count(c) != 0) continue;
+      by_rank[static_cast<std::size_t>(rank)] = c;
+      rank += seat_kinds();
       seated.insert(c);
     }
     return by_rank;
@@ -191,7 +202,17 @@ class chooser {
     std::vector<std::string> hosts;
     for (const int c : by_rank) hosts.push_back(candidates_[static_cast<std::size_t>(c)].link_host);
     for (std::size_t to = 0; to < by_rank.size(); ++to) {
-      for (const int tensor : needs(static_cast<int>(to), hosts)) {
+      std::vector<int> tensors = needs(static_cast<int>(to), hosts);
+      const std::size_t whole_count = tensors.size();
+      // A sharded optimizer: the rest of the stage is computed with, too, but has no moments here.
+      // Brought even to who had it, since a loss may have come between the owner's update and its
+      // arrival.
+      for (const int tensor : stages_[to % static_cast<std::size_t>(shape_.stage_count)]) {
+        if (std::find(tensors.begin(), tensors.end(), tensor) == tensors.end())
+          tensors.push_back(tensor);
+      }
+      for (std::size_t i = 0; i < tensors.size(); ++i) {
+        const int tensor = tensors[i];
         if (holds(to, tensor)) continue;
         // The least busy sender, so that one survivor does not feed all joiners alone.
         std::size_t from = by_rank.size();
@@ -201,9 +222,10 @@ class chooser {
           }
         }
         invariant(from < by_rank.size(), "the members that were chosen hold every tensor");
-        sent[from] += size(tensor);
+        const bool is_parameter_only = i >= whole_count;
+        sent[from] += is_parameter_only ? size(tensor) / 3 : size(tensor);
         list.push_back({sizes_[static_cast<std::size_t>(tensor)].name, static_cast<int>(from),
-                        static_cast<int>(to)});
+                        static_cast<int>(to), is_parameter_only});
       }
     }
     return list;

@@ -33,8 +33,8 @@ struct live_choice {
 /// The newest step, at least step_min, of which shape.worker_count() of the candidates hold every
 /// tensor of the model, at that step or one before it with the reduced gradient kept and the vote
 /// known. Members sit where they need the least from others; ties by worker id. Transfers bring
-/// what each lacks of its stage and of the copies that it keeps (model/copies.hpp). None: no such
-/// step.
+/// what each lacks of its stage (with a sharded optimizer: moments of its share only) and of the
+/// copies that it keeps (model/copies.hpp). None: no such step.
 std::optional<live_choice> choose_live(const job_spec& spec, const layout& shape,
                                        const std::vector<candidate>& candidates,
                                        std::uint64_t step_min);

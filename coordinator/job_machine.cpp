@@ -5,6 +5,7 @@
 
 #include "coordinator/wire.hpp"
 #include "model/copies.hpp"
+#include "model/tensor_names.hpp"
 
 // This file: events, what members say, views. Who is lost is in job_watch.cpp, generations in
 // job_generation.cpp; orders, saves and the end in job_saves.cpp.
@@ -762,13 +763,33 @@ job_view job_machine::view() const {
 /// How often each stage's state is held now, by replicas and neighbours that are here.
 void job_machine::count_holders(job_view& v) const {
   const plan& p = generation_->shape;
-  std::vector<int> holders(static_cast<std::size_t>(p.shape.stage_count), 0);
-  const auto kept = copied_ranks(record_.spec.elasticity.copies, p.shape, hosts_of(p));
-  for (const auto& [worker, m] : members_) {
-    if (m.rank < 0 || !m.is_connected) continue;
-    ++holders[static_cast<std::size_t>(p.stage_of(m.rank))];
-    for (const int owner : kept[static_cast<std::size_t>(m.rank)])
-      ++holders[static_cast<std::size_t>(p.stage_of(owner))];
+  const auto stages = static_cast<std::size_t>(p.shape.stage_count);
+  std::vector<int> holders(stages, 0);
+  if (is_sharded(record_.spec, p.shape.replica_count)) {
+    // By tensor: the least held one is what the next loss may take.
+    std::vector<std::map<int, int>> count(stages);
+    for (const auto& [worker, m] : members_) {
+      if (m.rank < 0 || !m.is_connected) continue;
+      const auto stage = static_cast<std::size_t>(p.stage_of(m.rank));
+      for (const int t :
+           kept_moments(record_.spec, p.shape.unit_cuts[stage], p.shape.unit_cuts[stage + 1],
+                        p.replica_of(m.rank), p.shape.replica_count))
+        ++count[stage][t];
+    }
+    for (std::size_t s = 0; s < stages; ++s) {
+      const auto tensors =
+          stage_tensor_indices(record_.spec.model, p.shape.unit_cuts[s], p.shape.unit_cuts[s + 1]);
+      holders[s] = p.shape.replica_count;
+      for (const int t : tensors) holders[s] = std::min(holders[s], count[s][t]);
+    }
+  } else {
+    const auto kept = copied_ranks(record_.spec.elasticity.copies, p.shape, hosts_of(p));
+    for (const auto& [worker, m] : members_) {
+      if (m.rank < 0 || !m.is_connected) continue;
+      ++holders[static_cast<std::size_t>(p.stage_of(m.rank))];
+      for (const int owner : kept[static_cast<std::size_t>(m.rank)])
+        ++holders[static_cast<std::size_t>(p.stage_of(owner))];
+    }
   }
   const auto least = std::min_element(holders.begin(), holders.end());
   v.losses_survived = std::max(0, *least - 1);

@@ -85,6 +85,7 @@ struct transfer_record {
   std::string tensor;
   int from_rank = 0;
   int to_rank = 0;
+  bool is_parameter_only{};  // sharded optimizer: the moments stay with their owner
   bool operator==(const transfer_record&) const = default;
 };
 
@@ -351,7 +352,7 @@ STAGECOACH_FIELDS(part_record, v("file", m.file), v("folder", m.folder), v("byte
                   v("root_hash", m.root_hash), v("tensors", m.tensors), v("host", m.host),
                   v("weights_hash", m.weights_hash), v("state_hash", m.state_hash))
 STAGECOACH_FIELDS(transfer_record, v("tensor", m.tensor), v("from_rank", m.from_rank),
-                  v("to_rank", m.to_rank))
+                  v("to_rank", m.to_rank), v("parameter_only", m.is_parameter_only))
 STAGECOACH_FIELDS(step_report, v("step", m.step), v("loss", m.loss), v("norm", m.norm),
                   v("lr", m.lr), v("skipped", m.skipped), v("chain", m.chain),
                   v("weights_hash", m.weights_hash), v("step_us", m.step_us),

@@ -265,6 +265,11 @@ submission prepare_submission(const submission_request& request, const state_pat
   make_absolute(spec.checkpoint.store, request.folder);
   if (!done.problems.empty()) return done;
   check_space(spec, paths, done.warnings);
+  if (spec.parallelism.shard_optimizer && spec.elasticity.copies == 0)
+    done.warnings.push_back(
+        "parallelism.shard_optimizer without copies: each part of the optimizer's state is on one "
+        "worker, so a lost worker takes the job back to its newest checkpoint. fix: "
+        "elasticity.copies: 1");
   done.spec = std::move(spec);
   return done;
 }

@@ -404,7 +404,9 @@ stage_memory predict_memory(const job_spec& spec, const layout& shape, int stage
 
   stage_memory memory;
   memory.weights = float_bytes * sizes.parameters;
-  memory.optimizer = 2 * float_bytes * sizes.parameters;
+  const std::vector<tensor_size> all = all_tensor_sizes(spec.model);
+  for (const int t : kept_moments(spec, unit_begin, unit_end, replica, shape.replica_count))
+    memory.optimizer += 2 * float_bytes * all[at(t)].count;
   // The reduced gradient of a step is kept until the next one is voted (DESIGN 5).
   memory.gradients = float_bytes * sizes.gradients * (live_blocks_max(leaf_begin, leaf_end) + 1);
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The exactness promise with real processes: layouts, kills, restarts, damaged stores; always the same hash.
 
-usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | restarts | store
+usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | sharded | restarts | store
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
@@ -105,6 +105,45 @@ def group_copies():
         same(view, steps, words)
         committed = [e["text"] for e in events if e["kind"] == "generation_committed"]
         check(len(committed) > 1 and all("(live)" in text for text in committed[1:]) and view["redone_steps"] == 0,
+              f"{words}: {view['redone_steps']} steps redone; " + "; ".join(committed))
+
+
+def group_sharded():
+    """ZeRO-1: replicas share the optimizer's state among them; the bits stay, and with a copy no step is lost."""
+
+    def sharded(stages, replicas, more=""):
+        return explicit(stages, replicas)[:-1] + f", shard_optimizer: true}}{more}"
+
+    for i, (stages, replicas) in enumerate([(1, 2), (1, 3), (2, 2)]):
+        n = stages * replicas
+        path = job_file(f"sharded{i}", 12, str(n), sharded(stages, replicas))
+        same(run(f"sharded{i}", path, n), 12, f"{stages} stages x {replicas} replicas with a sharded optimizer")
+    steps = 300
+    cases = [
+        ("1 x 3 sharded, one copy, a killed replica, no spare", (1, 3), 1, 0, "1..3", True),
+        ("1 x 2 sharded, one copy, a killed replica and a spare", (1, 2), 1, 1, "2..3", True),
+        ("2 x 2 sharded, one copy, a killed member and a spare", (2, 2), 1, 1, "4", True),
+        ("1 x 3 sharded without copies: back to the checkpoint", (1, 3), 0, 0, "1..3", False),
+    ]
+    for i, (words, (stages, replicas), copies, spares, band, is_live) in enumerate(cases):
+        path = job_file(f"zero{i}", steps, f"{band}, copies: {copies}", sharded(stages, replicas),
+                        "1000 steps" if is_live else "25 steps")
+        events = []
+
+        def disturb(cluster, job):
+            for _ in range(spares):
+                cluster.start_worker()
+            view = cluster.wait_step(job, 40 + RANDOM.randrange(60))
+            check(view["survives_losses"] == copies, f"status: {view['survives_losses']} losses survived")
+            cluster.kill(RANDOM.choice(cluster.members(job)))
+            cluster.finish(job)
+            events.extend(cluster.call("GET", f"/jobs/{job}/events")["events"])
+
+        view = run(f"zero{i}", path, stages * replicas, disturb)
+        same(view, steps, words)
+        committed = [e["text"] for e in events if e["kind"] == "generation_committed"]
+        wanted = "(live)" if is_live else "(checkpoint)"
+        check(len(committed) > 1 and all(wanted in text for text in committed[1:]),
               f"{words}: {view['redone_steps']} steps redone; " + "; ".join(committed))
 
 
@@ -223,5 +262,5 @@ def group_store():
 
 
 if __name__ == "__main__":
-    sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "restarts": group_restarts,
+    sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "sharded": group_sharded, "restarts": group_restarts,
                    "store": group_store}))

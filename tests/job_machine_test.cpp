@@ -518,6 +518,37 @@ TEST_CASE("decision: the newest step of which every tensor has a holder, or can 
     // wte is held at both ends; all else goes to the other.
     CHECK(c->transfers.size() == front.size() - 1 + back.size() - 1);
   }
+  SUBCASE("a sharded optimizer: each replica needs its own share, and parameters of the rest") {
+    job_spec sharded = s;
+    sharded.parallelism.shard_optimizer = true;
+    const layout pair{1, 2, "1f1b", {0, 4}, {0, 4, 8}};
+    const auto all = all_tensor_sizes(s.model);
+    const auto names_of = [&](int replica) {
+      std::vector<std::string> names;
+      for (const int t : kept_moments(sharded, 0, 4, replica, 2))
+        names.push_back(all[static_cast<std::size_t>(t)].name);
+      return names;
+    };
+    const auto first = names_of(0), second = names_of(1);
+    CHECK(first.size() + second.size() == all.size());
+    // Worker 1 held the second share and worker 2 the first: each sits where its moments are.
+    const auto c = choose_live(sharded, pair, {holder(1, 9, second), holder(2, 9, first)}, 0);
+    REQUIRE(c);
+    CHECK(c->by_rank == std::vector<int>{1, 0});
+    CHECK(c->transfers.size() == all.size());
+    for (const auto& t : c->transfers) CHECK(t.is_parameter_only);
+    // A share that nobody holds is lost, though the other replica has its parameters.
+    candidate spare;
+    spare.worker = w(3);
+    CHECK_FALSE(choose_live(sharded, pair, {holder(1, 9, second), spare}, 0));
+    // With a copy at the neighbour both shares survive, and the spare gets its own and its copy.
+    sharded.elasticity.copies = 1;
+    const auto whole = stage_tensor_names(s.model, 0, 4);
+    const auto d = choose_live(sharded, pair, {holder(1, 9, whole), spare}, 0);
+    REQUIRE(d);
+    CHECK(d->transfers.size() == whole.size());
+    for (const auto& t : d->transfers) CHECK_FALSE(t.is_parameter_only);
+  }
   SUBCASE("older than what is durable is of no use") {
     CHECK_FALSE(choose_live(s, shape, {holder(1, 9, back), holder(2, 9, front)}, 10));
   }
@@ -526,6 +557,6 @@ TEST_CASE("decision: the newest step of which every tensor has a holder, or can 
         s, shape, {holder(1, 9, front), holder(2, 9, {back.begin() + 1, back.end()})}, 0);
     REQUIRE(c);
     REQUIRE(c->transfers.size() == 1);
-    CHECK(c->transfers[0] == transfer_record{"wte.weight", 0, 1});
+    CHECK(c->transfers[0] == transfer_record{"wte.weight", 0, 1, false});
   }
 }

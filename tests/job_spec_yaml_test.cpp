@@ -238,7 +238,6 @@ TEST_CASE("what a later version will do is refused by name, and its neutral valu
                            "parallelism.schedule=zero-bubble",
                            "parallelism.schedule=interleaved",
                            "parallelism.virtual_stages=2",
-                           "parallelism.shard_optimizer=true",
                            "observe.trace={every: 1}",
                            "observe.tensorboard=x",
                            "elasticity.max_failures=10 per 2h",
@@ -264,7 +263,7 @@ TEST_CASE("what a later version will do is refused by name, and its neutral valu
   }
   for (const char* line :
        {"parallelism.recompute=none", "parallelism.virtual_stages=1", "elasticity.copies=2",
-        "parallelism.shard_optimizer=false", "model.dropout=0", "model.embd_pdrop=0.0",
+        "parallelism.shard_optimizer=true", "model.dropout=0", "model.embd_pdrop=0.0",
         "elasticity.max_failures=10 per 60m"}) {
     INFO(line);
     CHECK(code_of(line) == "");

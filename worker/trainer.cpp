@@ -19,6 +19,7 @@
 #include "model/copies.hpp"
 #include "model/shadow.hpp"
 #include "model/stage.hpp"
+#include "model/tensor_names.hpp"
 #include "storage/dataset.hpp"
 #include "storage/huggingface.hpp"
 #include "storage/part.hpp"
@@ -98,19 +99,24 @@ struct command {
 };
 
 // Which tensors a (stage, replica) saves: the stage's own tensors, cut among its replicas in order
-// by bytes.
+// by bytes, or by whose moments they are where those are shared out.
 std::vector<tensor_info> tensors_to_save(const job_spec& spec, const plan& shape, int rank) {
   const int s = shape.stage_of(rank), replica = shape.replica_of(rank);
   const int first = shape.shape.unit_cuts[s], last = shape.shape.unit_cuts[s + 1];
-  std::vector<tensor_info> own;
+  const bool is_shared_out = is_sharded(spec, shape.shape.replica_count);
+  const std::vector<int> indices = stage_tensor_indices(spec.model, first, last);
+  const std::vector<int> owners = moment_owners(spec.model, indices, shape.shape.replica_count);
+  std::vector<tensor_info> own, mine;
   std::int64_t total = 0;
+  std::size_t position = 0;
   for (tensor_info& t : stage_tensors(spec.model, first, last)) {
+    const int owner = owners[position++];
     if (t.unit < first || t.unit >= last)
       continue;  // the head's copy of wte is the embedding's to save
     total += t.count();
-    own.push_back(std::move(t));
+    if (!is_shared_out) own.push_back(std::move(t));
+    if (is_shared_out && owner == replica) mine.push_back(std::move(t));
   }
-  std::vector<tensor_info> mine;
   std::int64_t before = 0;
   for (tensor_info& t : own) {
     const std::int64_t owner =
@@ -219,7 +225,9 @@ struct trainer::implementation {
       answer.has_state = true;
       answer.step = state_step;
       answer.chain = state_chain;
-      for (const tensor_info& t : model->tensors()) answer.tensors.push_back(t.name);
+      // Who has no moments of a tensor can't go on with it alone.
+      for (const tensor_info& t : model->tensors())
+        if (model->moment1(t.name) != nullptr) answer.tensors.push_back(t.name);
       for (const tensor_info& t : copies->tensors()) answer.tensors.push_back(t.name);
       answer.last_vote = last_vote;
       answer.has_pending = runner && runner->has_pending(state_step + 1);
@@ -331,11 +339,14 @@ struct trainer::implementation {
     // Links are opened for every source: they are part of the generation.
     std::unique_ptr<link_set> opened_links;
     const bool alone = c.shape.members.size() == 1;
+    std::vector<int> keeps =
+        kept_moments(c.spec, first, last, c.shape.replica_of(rank), c.shape.shape.replica_count);
     const bool same_stage = model && has_state && units_first == first && units_last == last &&
-                            slot_count == *slots && same_model(c.spec);
+                            keeps == kept && slot_count == *slots && same_model(c.spec);
     std::unique_ptr<stage> fresh;
     if (!same_stage)
-      fresh = std::make_unique<stage>(c.spec.model, c.spec.batch, first, last, *slots, *device);
+      fresh =
+          std::make_unique<stage>(c.spec.model, c.spec.batch, first, last, *slots, *device, keeps);
     new_state target{same_stage ? *model : *fresh, std::make_unique<shadow_state>(*device)};
     const bool can_share = has_state && state_step == c.step && c.source == source_kind::live;
     for (const tensor_info& t : tensors_to_copy(c.spec, c.shape, rank))
@@ -401,6 +412,7 @@ struct trainer::implementation {
     my_rank = rank;
     units_first = first;
     units_last = last;
+    kept = std::move(keeps);
     slot_count = *slots;
     state_step = c.step;
     state_chain = c.chain;
@@ -490,7 +502,11 @@ struct trainer::implementation {
       for (const tensor_info& t : target.tensors()) {
         const state_place from = held_place(t.name), to = target.place(t.name);
         if (from.parameter == nullptr || from.parameter == to.parameter) continue;
-        for (std::uint64_t k = 0; k < 3; ++k) device->copy(to.array(k), from.array(k), t.count());
+        for (std::uint64_t k = 0; k < 3; ++k) {
+          // Moments that are not kept, before or after, are null.
+          if (from.array(k) != nullptr && to.array(k) != nullptr)
+            device->copy(to.array(k), from.array(k), t.count());
+        }
       }
     }
     std::map<std::string, tensor_info> by_name;
@@ -502,7 +518,7 @@ struct trainer::implementation {
       if (found == by_name.end())
         return make_error(errc::bad_input, "transfer of unknown tensor {}", t.tensor);
       const tensor_info& info = found->second;
-      for (std::uint64_t k = 0; k < 3; ++k) {
+      for (std::uint64_t k = 0; k < (t.is_parameter_only ? 1u : 3u); ++k) {
         const link_key key{link_tag::state, c.step, static_cast<std::uint64_t>(info.index) * 4 + k};
         if (t.from_rank == rank) {
           const float* from = held_place(t.tensor).array(k);
@@ -519,7 +535,7 @@ struct trainer::implementation {
                               t.tensor);
           // What arrives replaces state of the same step (or of none): until all is here the
           // holding is mixed.
-          if (into == held_place(t.tensor).array(k)) has_state = false;
+          if (into == held_place(t.tensor).array(k) && !t.is_parameter_only) has_state = false;
           std::span<std::byte> bytes(reinterpret_cast<std::byte*>(into),
                                      static_cast<std::size_t>(info.count()) * 4);
           if (auto got = current_links->receive(t.from_rank, key, bytes); !got) return got;
@@ -534,8 +550,8 @@ struct trainer::implementation {
     for (const tensor_info& t : target.tensors()) {
       const state_place place = target.place(t.name);
       stagecoach::initialise(place.parameter, t, wanted.model);
-      std::memset(place.moment1, 0, static_cast<std::size_t>(t.count()) * 4);
-      std::memset(place.moment2, 0, static_cast<std::size_t>(t.count()) * 4);
+      for (float* moment : {place.moment1, place.moment2})
+        if (moment != nullptr) std::memset(moment, 0, static_cast<std::size_t>(t.count()) * 4);
     }
     if (init.rfind("hf:", 0) != 0) return ok();
     auto folder = hf_folder::open(init.substr(3));
@@ -567,6 +583,7 @@ struct trainer::implementation {
       for (auto [name, into] : {std::pair{t.name, place.parameter},
                                 {"opt.m." + t.name, place.moment1},
                                 {"opt.v." + t.name, place.moment2}}) {
+        if (into == nullptr) continue;  // moments that another replica keeps
         if (auto got = at->second.read(name, into, 0, t.count()); !got) return got;
       }
     }
@@ -624,6 +641,7 @@ struct trainer::implementation {
       if (!vote || data_problem) return on_broken(vote ? *data_problem : vote.err());
       apply_vote(*vote);
       report_step(*vote);
+      if (auto shared = runner->share_weights(*vote); !shared) return on_broken(shared.err());
       if (!is_memory_shown) log_memory();
       if (vote->orders & order_bit(order_kind::evaluate)) {
         if (!evaluate()) return;
@@ -891,6 +909,7 @@ struct trainer::implementation {
   job_spec spec;
   plan shape;
   int my_rank = 0, units_first = 0, units_last = 0, slot_count = 0;
+  std::vector<int> kept;  // tensors whose moments model keeps
   bool has_state = false, save_at_start = false, save_first = false, is_memory_shown = false;
   std::int64_t load_us = 0;
   std::uint64_t state_step = 0, state_chain = 0;

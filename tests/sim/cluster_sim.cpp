@@ -68,6 +68,7 @@ job_spec cluster::make_spec(int index) {
   s.elasticity.wait_for_min_ms = static_cast<std::int64_t>(draw(2'000, 30'000));
   s.elasticity.max_failures = 100'000;
   s.elasticity.copies = static_cast<int>(draw(0, 2));
+  s.parallelism.shard_optimizer = chance(0.3);
   if (chance(0.5)) {
     s.parallelism.is_explicit = true;
     s.parallelism.stages =

@@ -56,9 +56,10 @@ void cluster::check_nothing_lost(const commit& c) {
   const auto former = newest_plans_.find(job);
   if (former == newest_plans_.end() || ran_.count({job, former->second.generation}) == 0) return;
   const layout& shape = former->second.shape;
-  const int copies = shape.replica_count > 1
-                         ? shape.replica_count - 1
-                         : std::min(c.spec.elasticity.copies, shape.worker_count() - 1);
+  const bool are_replicas_copies = shape.replica_count > 1 && !c.spec.parallelism.shard_optimizer;
+  const int holders_max = shape.replica_count > 1 ? shape.replica_count : shape.worker_count();
+  const int copies = are_replicas_copies ? shape.replica_count - 1
+                                         : std::min(c.spec.elasticity.copies, holders_max - 1);
   int remaining = 0;
   std::uint64_t newest = 0;
   for (const plan_member& m : former->second.members) {

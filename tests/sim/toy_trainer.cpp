@@ -136,8 +136,13 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
   }
   values mine;
   const auto stage = static_cast<std::size_t>(c.shape.stage_of(t.rank));
-  for (const std::string& name : stage_tensor_names(c.spec.model, c.shape.shape.unit_cuts[stage],
-                                                    c.shape.shape.unit_cuts[stage + 1])) {
+  const int replicas = c.shape.shape.replica_count;
+  const std::vector<tensor_size> all = all_tensor_sizes(c.spec.model);
+  // With a sharded optimizer its share alone: parameters without moments are nothing to go on with.
+  for (const int i :
+       kept_moments(c.spec, c.shape.shape.unit_cuts[stage], c.shape.shape.unit_cuts[stage + 1],
+                    c.shape.replica_of(t.rank), replicas)) {
+    const std::string& name = all[static_cast<std::size_t>(i)].name;
     const auto v = have.find(name);
     if (v == have.end())
       return violate("rank {} has nobody to give it {} at step {}", t.rank, name, c.step);
@@ -145,7 +150,6 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
       violate("{} loaded for step {} has other bits", name, c.step);
     mine[name] = v->second;
   }
-  const std::vector<tensor_size> all = all_tensor_sizes(c.spec.model);
   values counted = mine;
   if (stage != 0) counted.erase("wte.weight");
   for (const kept_copy& copy : copies_kept(c.spec, c.shape.shape, hosts_of(c.shape), t.rank)) {
@@ -170,7 +174,8 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
   t.ballots.clear();
   t.orders.clear();
   t.now = toy_trainer::doing::ready;
-  emit(p, ready{job, c.shape.generation, t.hash, c.step, hash_of(counted)});
+  emit(p, ready{job, c.shape.generation, t.hash, c.step,
+                is_sharded(c.spec, replicas) ? "" : hash_of(counted)});
 }
 
 void cluster::run_trainer(const process_ptr& p) {
@@ -299,15 +304,18 @@ void cluster::start_save(const process_ptr& p, bool is_final) {
   const int replicas = t.shape.shape.replica_count;
   std::vector<std::vector<std::string>> shares(static_cast<std::size_t>(replicas));
   int parts = 0;
+  const std::vector<tensor_size> all = all_tensor_sizes(t.spec.model);
   for (int s = 0; s < t.shape.shape.stage_count; ++s) {
-    auto names =
-        stage_tensor_names(t.spec.model, t.shape.shape.unit_cuts[static_cast<std::size_t>(s)],
-                           t.shape.shape.unit_cuts[static_cast<std::size_t>(s) + 1]);
-    if (s != 0) std::erase(names, "wte.weight");
+    const auto tensors =
+        stage_tensor_indices(t.spec.model, t.shape.shape.unit_cuts[static_cast<std::size_t>(s)],
+                             t.shape.shape.unit_cuts[static_cast<std::size_t>(s) + 1]);
+    const std::vector<int> owners = moment_owners(t.spec.model, tensors, replicas);
     for (int r = 0; r < replicas; ++r) {
       std::vector<std::string> share;
-      for (std::size_t i = 0; i < names.size(); ++i) {
-        if (static_cast<int>(i) % replicas == r) share.push_back(names[i]);
+      for (std::size_t i = 0; i < tensors.size(); ++i) {
+        if (s != 0 && tensors[i] == 0) continue;
+        const int owner = is_sharded(t.spec, replicas) ? owners[i] : static_cast<int>(i) % replicas;
+        if (owner == r) share.push_back(all[static_cast<std::size_t>(tensors[i])].name);
       }
       parts += share.empty() ? 0 : 1;
       if (s == stage) shares[static_cast<std::size_t>(r)] = share;
