@@ -48,6 +48,10 @@ bool is_same_save(const manifest& a, const manifest& b) {
                     });
 }
 
+bool is_one_of(const std::vector<std::uint64_t>& seqs, std::uint64_t seq) {
+  return std::find(seqs.begin(), seqs.end(), seq) != seqs.end();
+}
+
 std::string describe(const skipped_checkpoint& s) {
   return fmt::format("checkpoint of step {} (seq {}) is not usable: {}", s.step, s.seq, s.reason);
 }
@@ -87,6 +91,10 @@ checkpoint_found checkpoint_keeper::find(const job_place& job,
       answer.notes.push_back(describe({entry.content.step, entry.content.seq, why}));
     };
     if (step > wanted.step_max) continue;
+    if (is_one_of(wanted.bad_saves, entry.content.seq)) {
+      skip("its weights are corrupt, says the record");
+      continue;
+    }
     if (entry.state == checkpoint_state::bad) {
       skip(entry.reason);
       continue;
@@ -213,7 +221,8 @@ checkpoints_retired checkpoint_keeper::retire(const job_place& job,
   std::vector<retention_item> items;
   std::uint64_t newest_generation = 0;
   for (const auto& entry : *entries) {
-    const bool is_usable = entry.state != checkpoint_state::bad;
+    const bool is_usable =
+        entry.state != checkpoint_state::bad && !is_one_of(wanted.bad_saves, entry.content.seq);
     items.push_back(
         {entry.content.step, entry.content.incarnation, entry.content.seq, is_usable, false});
     if (is_usable) newest_generation = std::max(newest_generation, entry.content.generation);

@@ -454,11 +454,23 @@ void cluster_machine::take(std::vector<action> from) {
         // It is there and did not answer: give others a chance first.
         const bool is_mute = back->is_lost && w->second.connection != connection_id{};
         if (is_mute) w->second.avoid_until_ms = now_ms_ + avoid_ms;
+        if (back->is_distrusted) distrust(w->second, back->reason);
       }
       continue;
     }
     out_.push_back(std::move(a));
   }
+}
+
+/// Drained, so that it stands in `workers` with the reason, survives a restart, and a person who
+/// has tested the machine can take it in again with undrain.
+void cluster_machine::distrust(worker& w, const std::string& why) {
+  w.record.is_drained = true;
+  w.record.drain_reason = why;
+  w.is_lost = w.is_lost && w.connection == connection_id{};  // it is there, only not wanted
+  out_.push_back(actions::save{{{keys::worker(w.record.id), to_json_text(w.record)}}, true});
+  note("worker_distrusted", fmt::format("{}: {}", w.record.name, why),
+       {{"worker", w.record.name}, {"host", w.record.host}}, "error");
 }
 
 void cluster_machine::send(const worker& w, to_worker message) {

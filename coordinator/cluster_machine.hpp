@@ -160,6 +160,7 @@ class cluster_machine {
   void ask_job(job_id job, reply_id reply_to, const job_event& e);
   void send(const worker& w, to_worker message);
   void join(worker& w);
+  void distrust(worker& w, const std::string& why);
   void forget(worker_id id, const std::string& why);
   bool is_free(const worker& w) const;
   /// Words why not, empty if it suits.

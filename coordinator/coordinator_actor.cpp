@@ -330,6 +330,12 @@ class shell {
       known = view->last_recovery_ms;
     }
   }
+  void act(const actions::forget_series& x) {
+    std::vector<kv_write> rows;
+    for (const std::uint64_t step : history_.forget_steps_after(x.job, x.step))
+      rows.push_back(kv_write::erase(keys::series(x.job, step)));
+    if (!rows.empty()) world_.writer->write(std::move(rows), false);
+  }
   void act(const actions::evaluation& x) {
     history_.add_evaluation(x.job, x.step, x.loss);
     world_.writer->write(

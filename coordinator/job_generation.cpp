@@ -153,7 +153,7 @@ void job_machine::decide(const std::vector<member*>& answered) {
 
   std::vector<candidate> candidates;
   for (const member* m : answered)
-    candidates.push_back({m->facts.id, *m->answer, m->facts.link_host});
+    candidates.push_back({m->facts.id, trusted(*m->answer), m->facts.link_host});
   choice c;
   c.shape = *shape;
   const auto seat = [&candidates](const std::vector<int>& by_rank) {
@@ -187,8 +187,8 @@ void job_machine::decide(const std::vector<member*>& answered) {
   if (!is_first && !has_looked_) {
     request_ = next_request_++;
     saved_when_asked_ = newest_saved();
-    out_.push_back(
-        actions::find_checkpoint{id(), record_.spec.checkpoint.store, request_, step_max_});
+    out_.push_back(actions::find_checkpoint{id(), record_.spec.checkpoint.store, request_,
+                                            step_max_, record_.bad_saves});
     return enter(phase::finding);
   }
   if (found_) {

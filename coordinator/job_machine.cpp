@@ -67,6 +67,7 @@ void job_machine::on(const job_events::workers_given& e) {
     m.heard_ms = now_ms_;
     members_[facts.id] = std::move(m);
     sought_.erase(facts.id);
+    distrusted_.erase(facts.id);
   }
   if (is_end(record_.state) || record_.state == job_state::paused) {
     release_all("the job takes no workers");
@@ -313,6 +314,8 @@ void job_machine::said(member& m, const ready& x) {
 }
 
 void job_machine::said(member& m, const failed& x) {
+  const bool is_of_vote = !x.suspects.empty() && is_committed_or_adopting() && m.rank >= 0;
+  if (is_of_vote && x.generation == number_of_plan()) return dispute(x);
   if (phase_ == phase::adopting && x.generation == number_of_plan()) {
     m.is_astray = true;
     return;
@@ -344,13 +347,14 @@ void job_machine::said(member& m, const failed& x) {
 }
 
 void job_machine::said(member& m, const progress& x) {
-  if (x.job != value(id()) || x.generation > number_) {
+  if (x.job != value(id()) || x.generation > number_ || x.generation < record_.fence) {
     ++stale_messages_;
     return;
   }
   for (const step_report& s : x.steps) {
     if (chains_.count(s.step) != 0) ++redone_steps_;
     check_chain(s.step, s.chain, m.facts.name);
+    if (s.step > 0) take_weights_hash(s.step - 1, s.weights_hash);
     if (s.step > newest_report_.step) newest_report_ = s;
     if (x.generation == number_) reported_step_ = std::max(reported_step_, s.step);
   }
@@ -369,6 +373,10 @@ void job_machine::said(member& m, const progress& x) {
     }
   }
   if (!x.steps.empty()) out_.push_back(actions::series{id(), x.generation, x.steps});
+  if (case_) {
+    const auto known = weights_hashes_.find(case_->step);
+    if (known != weights_hashes_.end()) judge(known->first, known->second);
+  }
 }
 
 void job_machine::said(member&, const evaluated& x) {
@@ -392,6 +400,7 @@ void job_machine::said(member& m, const held& x) {
 void job_machine::said(member& m, const finished& x) {
   if (!is_committed_or_adopting() || m.rank < 0 || !is_current(x.generation, plan_hash_)) return;
   m.is_finished = true;
+  m.finished_hash = x.weights_hash;
   m.phase = worker_phase::finished;
   m.step = x.step;
   reported_step_ = std::max(reported_step_, x.step);
@@ -462,7 +471,7 @@ void job_machine::enter(phase p) {
 
 void job_machine::release(worker_id worker, const std::string& reason, bool is_lost) {
   members_.erase(worker);
-  out_.push_back(actions::release{worker, is_lost, reason});
+  out_.push_back(actions::release{worker, is_lost, reason, distrusted_.count(worker) != 0});
 }
 
 void job_machine::release_all(const std::string& reason) {

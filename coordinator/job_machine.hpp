@@ -186,6 +186,7 @@ struct find_checkpoint {
   job_id job{};
   std::string folder;
   std::uint64_t request = 0, step_max = ~0ull;
+  std::vector<std::uint64_t> bad_saves{};  // not these, by their seq
 };
 /// Idempotent: the same content may be written again after a restart. Answered by manifest_written.
 struct write_manifest {
@@ -202,6 +203,7 @@ struct retire_checkpoints {
   std::string folder;
   int keep_last = 3;
   std::int64_t keep_every_steps = 0;
+  std::vector<std::uint64_t> bad_saves{};  // count as damaged
 };
 /// A row under keys::event (need not be synced) and a log line.
 struct note {
@@ -211,6 +213,11 @@ struct series {
   job_id job{};
   std::uint64_t generation = 0;
   std::vector<step_report> steps;
+};
+/// Steps after this one are forgotten: they are done again with other bits.
+struct forget_series {
+  job_id job{};
+  std::uint64_t step = 0;
 };
 struct evaluation {
   job_id job{};
@@ -235,13 +242,14 @@ struct release {
   worker_id worker{};
   bool is_lost = false;
   std::string reason;
+  bool is_distrusted = false;  // its memory or arithmetic gave wrong bits: no work until undrained
 };
 }  // namespace actions
 
 using action = std::variant<actions::save, actions::send, actions::close, actions::find_checkpoint,
                             actions::write_manifest, actions::retire_checkpoints, actions::note,
-                            actions::series, actions::evaluation, actions::log, actions::reply,
-                            actions::release>;
+                            actions::series, actions::forget_series, actions::evaluation,
+                            actions::log, actions::reply, actions::release>;
 
 // ---- views ----
 /// What a job would take from the free workers.
@@ -332,6 +340,7 @@ class job_machine {
     std::optional<prepared> answer;  // to the prepare of number_
     std::optional<ready> loaded;     // for the newest plan
     bool is_held = false, is_finished = false;
+    std::string finished_hash;
     bool is_astray = false;                                   // came back without our generation
     std::map<worker_id, std::int64_t> lost_by, suspected_by;  // who says so, since when
   };
@@ -408,6 +417,17 @@ class job_machine {
   void lose(const std::map<worker_id, std::string>& lost);
   bool count_failure(const std::string& why);  // false: over the budget, the job has failed
   void fail_generation(const std::string& why);
+
+  // Silent corruption (job_audit.cpp).
+  void dispute(const failed& x);
+  void evict(const std::map<worker_id, std::string>& whom);
+  void go_back(std::uint64_t step_max, const std::string& why);
+  void take_weights_hash(std::uint64_t step, const std::string& hash);
+  void judge(std::uint64_t step, const std::string& right_hash);
+  void check_saved(std::uint64_t step);
+  bool is_final_whole();
+  prepared trusted(const prepared& answer) const;
+  std::string name_of(worker_id id) const;
 
   // A generation, from prepare to run.
   void start_preparing(const std::string& reason);
@@ -510,6 +530,16 @@ class job_machine {
   std::map<std::uint64_t, pending_save> saves_;
   step_report newest_report_;
   std::optional<evaluated> newest_evaluation_;
+
+  // Silent corruption.
+  struct open_case {
+    std::uint64_t step = 0;                     // the state that is disputed
+    std::map<worker_id, std::string> suspects;  // weights hash of the model if this one is right
+    std::map<worker_id, std::string> names;
+  };
+  std::optional<open_case> case_;  // one of them is right; the steps done again tell which
+  std::map<std::uint64_t, std::string> weights_hashes_;  // that all voted, of the newest steps
+  std::set<worker_id> distrusted_;
 
   // A hold.
   std::int64_t change_since_ms_ = -1;  // a voluntary change is wanted since; -1: no

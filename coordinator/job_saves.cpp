@@ -171,7 +171,7 @@ bool job_machine::is_of_ended_hold(std::uint64_t step) const {
 
 // ---- saves ----
 void job_machine::saved(const part_saved& x, worker_id from) {
-  if (x.job != value(id()) || x.generation > number_) {
+  if (x.job != value(id()) || x.generation > number_ || x.generation < record_.fence) {
     ++stale_messages_;
     return;
   }
@@ -299,9 +299,10 @@ void job_machine::on(const manifest_written& e) {
   for (const auto& [worker, m] : members_) {
     send(worker, checkpoint_durable{value(id()), *newest_saved()});
   }
+  check_saved(e.step);
   const checkpoint_spec& keep = record_.spec.checkpoint;
-  out_.push_back(
-      actions::retire_checkpoints{id(), keep.store, keep.keep_last, keep.keep_every_steps});
+  out_.push_back(actions::retire_checkpoints{id(), keep.store, keep.keep_last,
+                                             keep.keep_every_steps, record_.bad_saves});
   // Parts of a worker that was given up came late: what loads now would do these steps again.
   if (phase_ == phase::loading && e.step > generation_->step) {
     start_preparing(fmt::format("step {} became durable", e.step));
@@ -350,6 +351,7 @@ void job_machine::consider_end() {
   const std::vector<member*> ranks = planned();
   const bool are_all_finished =
       std::all_of(ranks.begin(), ranks.end(), [](const member* m) { return m->is_finished; });
+  if (are_all_finished && !is_final_whole()) return;
   if (!is_waiting || are_all_finished) {
     end(job_state::completed, fmt::format("step {} is done and saved", stop_step()));
   }

@@ -95,7 +95,8 @@ struct step_report {
   bool skipped = false;
   std::uint64_t chain = 0;
   std::string weights_hash;  // of the whole model at step - 1; empty where the vote has none
-  std::int64_t step_us = 0;  // wall time since the previous step's end
+  std::vector<std::string> stage_hashes;  // of each stage's part of it, if there are several
+  std::int64_t step_us = 0;               // wall time since the previous step's end
   std::int64_t unix_ms = 0;
   bool operator==(const step_report&) const = default;
 };
@@ -146,6 +147,7 @@ struct prepared {
   std::vector<std::string> tensors;      // whose parameters and moments it holds
   std::optional<vote_result> last_vote;  // the vote that led to `step`
   bool has_pending = false;              // holds the reduced gradient of step + 1
+  std::uint64_t loaded_in = 0;           // generation in which its state was last put together
 };
 
 struct ready {
@@ -153,10 +155,19 @@ struct ready {
   std::string weights_hash;  // of the part of the weights that this stage counts
 };
 
+/// Whose weights differ from a replica's; `weights_hash` of the whole model if this one is right.
+struct weights_suspect {
+  std::uint64_t worker = 0;
+  std::string weights_hash;
+};
+
 struct failed {  // can't do its part: wrong data file, out of memory, ...
   std::uint64_t job = 0, generation = 0;
-  std::string code, message;  // errc name; names path and host
-  bool is_fatal = false;      // true: no other worker would do better, fail the job
+  std::string code, message;                // errc name; names path and host
+  bool is_fatal = false;                    // true: no other worker would do better, fail the job
+  std::vector<weights_suspect> suspects{};  // corrupt in a vote: who holds other bits
+  bool is_certain = false;                  // they are in the minority; else one of them is right
+  std::uint64_t step = 0;                   // the state that is disputed
 };
 
 struct progress {  // from rank 0; queued while the coordinator is away
@@ -187,6 +198,7 @@ struct held {  // every member, after a hold or stop order acted
 
 struct finished {  // every member, after the last step; state kept until stop_stage
   std::uint64_t job = 0, generation = 0, step = 0;
+  std::string weights_hash{};  // of the part of the weights that this stage counts, as in ready
 };
 
 struct peer_report {
@@ -355,8 +367,8 @@ STAGECOACH_FIELDS(transfer_record, v("tensor", m.tensor), v("from_rank", m.from_
                   v("to_rank", m.to_rank), v("parameter_only", m.is_parameter_only))
 STAGECOACH_FIELDS(step_report, v("step", m.step), v("loss", m.loss), v("norm", m.norm),
                   v("lr", m.lr), v("skipped", m.skipped), v("chain", m.chain),
-                  v("weights_hash", m.weights_hash), v("step_us", m.step_us),
-                  v("unix_ms", m.unix_ms))
+                  v("weights_hash", m.weights_hash), v("stage_hashes", m.stage_hashes),
+                  v("step_us", m.step_us), v("unix_ms", m.unix_ms))
 STAGECOACH_FIELDS(plan_member, v("worker", m.worker), v("process", m.process), v("name", m.name),
                   v("link_host", m.link_host), v("link_port", m.link_port))
 STAGECOACH_FIELDS(layout, v("stages", m.stage_count), v("replicas", m.replica_count),
@@ -411,11 +423,14 @@ STAGECOACH_FIELDS(beat, v("job", m.job), v("generation", m.generation), v("step"
                   v("waits_for", m.waits_for), v("leaf_us", m.leaf_us))
 STAGECOACH_FIELDS(prepared, v("job", m.job), v("number", m.number), v("has_state", m.has_state),
                   v("step", m.step), v("chain", m.chain), v("tensors", m.tensors),
-                  v("last_vote", m.last_vote), v("has_pending", m.has_pending))
+                  v("last_vote", m.last_vote), v("has_pending", m.has_pending),
+                  v("loaded_in", m.loaded_in))
 STAGECOACH_FIELDS(ready, v("job", m.job), v("generation", m.generation),
                   v("plan_hash", m.plan_hash), v("step", m.step), v("weights_hash", m.weights_hash))
+STAGECOACH_FIELDS(weights_suspect, v("worker", m.worker), v("weights_hash", m.weights_hash))
 STAGECOACH_FIELDS(failed, v("job", m.job), v("generation", m.generation), v("code", m.code),
-                  v("message", m.message), v("is_fatal", m.is_fatal))
+                  v("message", m.message), v("is_fatal", m.is_fatal), v("suspects", m.suspects),
+                  v("is_certain", m.is_certain), v("step", m.step))
 STAGECOACH_FIELDS(progress, v("job", m.job), v("generation", m.generation),
                   v("plan_hash", m.plan_hash), v("steps", m.steps))
 STAGECOACH_FIELDS(evaluated, v("job", m.job), v("generation", m.generation), v("step", m.step),
@@ -426,7 +441,8 @@ STAGECOACH_FIELDS(part_saved, v("job", m.job), v("generation", m.generation),
                   v("stall_us", m.stall_us), v("write_us", m.write_us), v("problem", m.problem),
                   v("is_final", m.is_final))
 STAGECOACH_FIELDS(held, v("job", m.job), v("generation", m.generation), v("step", m.step))
-STAGECOACH_FIELDS(finished, v("job", m.job), v("generation", m.generation), v("step", m.step))
+STAGECOACH_FIELDS(finished, v("job", m.job), v("generation", m.generation), v("step", m.step),
+                  v("weights_hash", m.weights_hash))
 STAGECOACH_FIELDS(peer_report, v("job", m.job), v("generation", m.generation), v("peer", m.peer),
                   v("what", m.what), v("why", m.why))
 STAGECOACH_FIELDS(log_line, v("job", m.job), v("unix_ms", m.unix_ms), v("level", m.level),

@@ -49,6 +49,14 @@ void run_history::add_step(job_id id, const step_report& report) {
     at = i % 2 == 1 ? job.steps.erase(at) : std::next(at);
 }
 
+std::vector<std::uint64_t> run_history::forget_steps_after(job_id id, std::uint64_t step) {
+  std::vector<std::uint64_t> gone;
+  auto& steps = jobs_[id].steps;
+  for (auto at = steps.upper_bound(step); at != steps.end(); at = steps.erase(at))
+    gone.push_back(at->first);
+  return gone;
+}
+
 void run_history::add_evaluation(job_id id, std::uint64_t step, exact_double loss) {
   auto& evaluations = jobs_[id].evaluations;
   evaluations[step] = loss;

@@ -65,6 +65,8 @@ class run_history {
 
   void add(const event_record& event);
   void add_step(job_id job, const step_report& report);
+  /// They are done again with other bits. Returns those that were known.
+  std::vector<std::uint64_t> forget_steps_after(job_id job, std::uint64_t step);
   void add_evaluation(job_id job, std::uint64_t step, exact_double loss);
   /// line.n of 0: the next number. Returns the line as kept.
   const logged_line& add_line(job_id job, logged_line line);

@@ -557,6 +557,17 @@ tensor_hash stage::moments_hash(bool owns_tied_matrix) const {
   return sum;
 }
 
+std::vector<std::pair<std::uint32_t, tensor_hash>> stage::tensor_hashes() const {
+  const implementation& s = *self_;
+  std::vector<std::pair<std::uint32_t, tensor_hash>> hashes;
+  for (std::size_t i = 0; i < s.tensors.size(); ++i) {
+    const tensor_info& t = s.tensors[i];
+    hashes.emplace_back(static_cast<std::uint32_t>(t.index),
+                        hash_tensor(t.name, s.parameters + s.state_offset[i], t.count()));
+  }
+  return hashes;
+}
+
 std::int64_t stage::allocated_bytes() const {
   const implementation& s = *self_;
   std::int64_t integers = 0;

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "config/job_spec.hpp"
@@ -102,6 +103,8 @@ class stage {
       bool owns_tied_matrix) const;  // without wte where !owns_tied_matrix and no embedding
   tensor_hash state_hash(bool owns_tied_matrix) const;    // parameters and moments
   tensor_hash moments_hash(bool owns_tied_matrix) const;  // of the moments that are here
+  /// Of each tensor held, by its global index; the tied matrix wherever it is held.
+  std::vector<std::pair<std::uint32_t, tensor_hash>> tensor_hashes() const;
   std::int64_t allocated_bytes() const;
 
  private:

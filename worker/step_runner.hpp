@@ -14,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "config/job_spec.hpp"
@@ -25,6 +26,7 @@
 #include "model/shadow.hpp"
 #include "model/stage.hpp"
 #include "worker/link.hpp"
+#include "worker/vote.hpp"
 
 namespace stagecoach {
 
@@ -41,6 +43,7 @@ using order_source =
 struct step_times {
   std::int64_t forward_us = 0, backward_input_us = 0, backward_weight_us = 0;
   std::int64_t wait_us = 0, reduce_us = 0, copy_us = 0, vote_us = 0, apply_us = 0;
+  std::int64_t hash_us = 0;  // of vote_us
 };
 
 class step_runner {
@@ -58,6 +61,10 @@ class step_runner {
   /// Forward, backward, reduction and vote of `step`; the state stands at step - 1 with this chain.
   /// Fails: cancelled (cancel() or the links'), unreachable (a link broke), conflict, corrupt.
   result<vote_result> compute(std::uint64_t step, std::uint64_t chain, const order_source& orders);
+  /// Why compute() failed with corrupt, where the ranks' weights differ; rank 0 alone knows.
+  const std::optional<weights_dispute>& dispute() const { return dispute_; }
+  /// Rank 0 of several stages: each stage's part of the newest vote's weights hash.
+  const std::vector<std::string>& stage_hashes() const { return stage_hashes_; }
   /// Applies the vote to the tensors whose moments are here. has_pending() must hold for vote.step.
   void apply(const vote_result& vote);
   /// After apply: with a sharded optimizer, owners give the updated parameters to the replicas that
@@ -97,6 +104,8 @@ class step_runner {
   result<void> send_to_copies(std::uint64_t step);
   result<void> receive_for_copies(std::uint64_t step);
   result<vote_result> vote(std::uint64_t step, std::uint64_t chain, const order_source& orders);
+  void note_stage_hashes(const std::vector<ballot>& ballots);
+  std::string describe(const weights_dispute& d) const;
   void load_samples(std::uint64_t step, int microbatch);
 
   const job_spec& spec_;
@@ -133,6 +142,8 @@ class step_runner {
   std::vector<double> losses_;
   std::uint64_t step_ = 0, pending_step_ = 0;
   step_times times_;
+  std::optional<weights_dispute> dispute_;
+  std::vector<std::string> stage_hashes_;
   std::function<void(std::uint64_t)> middle_;
   std::atomic<bool> cancelled_{false};
 };

@@ -231,6 +231,7 @@ struct trainer::implementation {
       for (const tensor_info& t : copies->tensors()) answer.tensors.push_back(t.name);
       answer.last_vote = last_vote;
       answer.has_pending = runner && runner->has_pending(state_step + 1);
+      answer.loaded_in = shape.generation;
     }
     set_phase(worker_phase::prepared, p.job, p.number, 0);
     options.emit(answer);
@@ -666,6 +667,7 @@ struct trainer::implementation {
     f.job = job;
     f.generation = generation;
     f.step = state_step;
+    f.weights_hash = to_string(model->weights_hash(model->has_embedding()));
     options.emit(f);
   }
 
@@ -685,6 +687,13 @@ struct trainer::implementation {
     f.message = fmt::format("step {}: {} (worker {}, host {})", state_step + 1, why.message,
                             options.name, options.host);
     data_problem.reset();
+    if (const auto& dispute = runner->dispute(); why.code == errc::corrupt && dispute) {
+      f.step = dispute->step;
+      f.is_certain = dispute->is_certain;
+      for (const auto& s : dispute->suspects)
+        f.suspects.push_back(
+            {value(shape.members[static_cast<std::size_t>(s.rank)].worker), s.weights_hash});
+    }
     options.emit(f);
   }
 
@@ -738,6 +747,8 @@ struct trainer::implementation {
     r.lr = vote.lr;
     r.skipped = !vote.finite;
     r.chain = vote.chain;
+    r.weights_hash = vote.weights_hash;
+    r.stage_hashes = runner->stage_hashes();
     r.step_us = us_since(last_step_time);
     r.unix_ms = unix_ms();
     last_step_time = clock::now();

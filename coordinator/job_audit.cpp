@@ -1,0 +1,220 @@
+// job_machine, fourth part: silent corruption, what was found and what follows from it.
+//
+// The vote compares the weights of all replicas before a step is applied, so what a flipped bit
+// would have given to the others is dropped with the step. Three or more versions to count: the
+// minority is evicted and the rest goes on from its own state. Two: nobody's state is trusted, the
+// job goes back to a checkpoint, and the same steps done again tell who was right (the open case).
+#include <algorithm>
+#include <utility>
+
+#include "coordinator/job_machine.hpp"
+#include "coordinator/wire.hpp"
+#include "model/tensor_names.hpp"
+
+namespace stagecoach {
+
+namespace {
+constexpr std::size_t hash_count_max = 8192;  // of the newest steps, as chains are kept
+}
+
+std::string job_machine::name_of(worker_id worker) const {
+  if (const auto m = members_.find(worker); m != members_.end()) return m->second.facts.name;
+  if (generation_) {
+    for (const plan_member& p : generation_->shape.members) {
+      if (p.worker == worker) return p.name;
+    }
+  }
+  return fmt::format("w-{}", value(worker));
+}
+
+/// The replicas' weights differ in a vote: nobody has applied the step.
+void job_machine::dispute(const failed& x) {
+  std::string names;
+  open_case found;
+  found.step = x.step;
+  for (const weights_suspect& s : x.suspects) {
+    const auto worker = static_cast<worker_id>(s.worker);
+    found.suspects[worker] = s.weights_hash;
+    found.names[worker] = name_of(worker);
+    names += (names.empty() ? "" : ", ") + name_of(worker);
+  }
+  ++divergences_;
+  note("silent_corruption",
+       fmt::format("{} {}: {}", x.is_certain ? "by" : "by one of", names, x.message),
+       {{"step", std::to_string(x.step)}, {"workers", names}, {"found_by", "vote"}}, "error");
+  if (x.is_certain) {
+    std::map<worker_id, std::string> whom;
+    for (const auto& [worker, hash] : found.suspects) {
+      whom[worker] = fmt::format(
+          "silent corruption of job {}: its weights after step {} differ "
+          "from those of the other replicas",
+          record_.spec.name, x.step);
+    }
+    return evict(whom);
+  }
+  case_ = std::move(found);
+  go_back(x.step == 0 ? 0 : x.step - 1, "silent corruption by one of " + names);
+}
+
+/// They get no work until a person says that they are well.
+void job_machine::evict(const std::map<worker_id, std::string>& whom) {
+  for (const auto& [worker, why] : whom) distrusted_.insert(worker);  // until it is given again
+  lose(whom);
+  for (const auto& [worker, why] : whom) sought_.erase(worker);  // its state is not wanted
+}
+
+/// To a checkpoint of at most step_max. What is newer was computed from weights that may be wrong.
+void job_machine::go_back(std::uint64_t step_max, const std::string& why) {
+  const bool has_generation = phase_ != phase::none;
+  note("rolled_back", fmt::format("nothing after step {} is trusted: {}", step_max, why),
+       {{"step_max", std::to_string(step_max)}, {"reported_step", std::to_string(reported_step_)}},
+       "error");
+  record_.fence = std::max(number_, record_.number) + 1;
+  actions::save batch;
+  for (auto c = checkpoints_.upper_bound(step_max); c != checkpoints_.end();) {
+    record_.bad_saves.push_back(c->second.seq);
+    batch.rows.push_back({keys::checkpoint(id(), c->first), std::nullopt});
+    c = checkpoints_.erase(c);
+  }
+  for (auto s = saves_.upper_bound(step_max); s != saves_.end(); s = saves_.erase(s)) {
+    if (s->second.seq != 0) record_.bad_saves.push_back(s->second.seq);
+  }
+  chains_.erase(chains_.upper_bound(step_max), chains_.end());
+  weights_hashes_.erase(weights_hashes_.upper_bound(step_max), weights_hashes_.end());
+  step_max_ = std::min(step_max_, step_max);  // manifests that the index does not know yet
+  reported_step_ = std::min(reported_step_, step_max);
+  record_.step = std::min(record_.step, step_max);
+  if (newest_report_.step > step_max) newest_report_ = {};
+  final_saved_ms_ = -1;
+  sought_.clear();  // whatever a silent one holds is not wanted
+  batch.rows.push_back(record_row());
+  out_.push_back(std::move(batch));
+  out_.push_back(actions::forget_series{id(), step_max});
+  if (!has_generation || !count_failure(why)) return;
+  ++record_.recovery_count;
+  is_after_loss_ = true;
+  if (loss_ms_ < 0) loss_ms_ = now_ms_;
+  start_preparing(why);
+}
+
+/// What generations before the fence hold is as if they held nothing.
+prepared job_machine::trusted(const prepared& answer) const {
+  if (answer.loaded_in >= record_.fence) return answer;
+  prepared empty;
+  empty.job = answer.job;
+  empty.number = answer.number;
+  return empty;
+}
+
+/// All ranks voted that these are the weights after `step`.
+void job_machine::take_weights_hash(std::uint64_t step, const std::string& hash) {
+  if (hash.empty()) return;
+  const auto [known, is_new] = weights_hashes_.emplace(step, hash);
+  if (!is_new && known->second != hash) {
+    ++divergences_;
+    note("divergence",
+         fmt::format("after step {} the weights had hash {} and now, done again, {}", step,
+                     known->second, hash),
+         {{"step", std::to_string(step)}}, "error");
+  }
+  while (weights_hashes_.size() > hash_count_max) weights_hashes_.erase(weights_hashes_.begin());
+  check_saved(step);
+}
+
+/// The disputed step was done again by workers that all agree: who had other weights was wrong.
+void job_machine::judge(std::uint64_t step, const std::string& right_hash) {
+  const open_case c = *std::exchange(case_, std::nullopt);
+  std::map<worker_id, std::string> wrong;
+  std::string names;
+  const bool is_one_right = std::any_of(c.suspects.begin(), c.suspects.end(),
+                                        [&](const auto& s) { return s.second == right_hash; });
+  if (!is_one_right) {
+    note("silent_corruption",
+         fmt::format("step {} was done again and gives {}, which none of those had who disagreed "
+                     "on it: nobody is named",
+                     step, right_hash),
+         {{"step", std::to_string(step)}, {"found_by", "redo"}}, "error");
+    return;
+  }
+  for (const auto& [worker, hash] : c.suspects) {
+    if (hash == right_hash) continue;
+    wrong[worker] = fmt::format(
+        "silent corruption of job {}: its weights after step {} were not "
+        "those of the same step done again",
+        record_.spec.name, step);
+    names += (names.empty() ? "" : ", ") + c.names.at(worker);
+  }
+  note("silent_corruption",
+       fmt::format("step {} was done again and gives {}: the wrong weights were {}'s", step,
+                   right_hash, names),
+       {{"step", std::to_string(step)}, {"workers", names}, {"found_by", "redo"}}, "error");
+  evict(wrong);
+}
+
+/// A checkpoint must hold what all voted. What differs was copied or written wrong.
+void job_machine::check_saved(std::uint64_t step) {
+  const auto saved = checkpoints_.find(step);
+  const auto voted = weights_hashes_.find(step);
+  if (saved == checkpoints_.end() || voted == weights_hashes_.end()) return;
+  if (saved->second.weights_hash.empty() || saved->second.weights_hash == voted->second) return;
+  ++divergences_;
+  note("silent_corruption",
+       fmt::format("the checkpoint of step {} has weights hash {}, all workers voted {}; it is not "
+                   "used",
+                   step, saved->second.weights_hash, voted->second),
+       {{"step", std::to_string(step)}, {"found_by", "checkpoint"}}, "error");
+  record_.bad_saves.push_back(saved->second.seq);
+  checkpoints_.erase(saved);
+  out_.push_back(actions::save{{{keys::checkpoint(id(), step), std::nullopt}, record_row()}, true});
+}
+
+/// After the last step no vote follows, so what the members say at the end is compared here.
+/// False: it was not whole; what is to be done about it has begun.
+bool job_machine::is_final_whole() {
+  const int stages = generation_->shape.shape.stage_count;
+  std::map<int, std::map<std::string, std::vector<worker_id>>> by_stage;
+  const std::vector<member*> ranks = planned();
+  if (ranks.empty()) return true;
+  for (const member* m : ranks) {
+    if (m->finished_hash.empty()) return true;
+    by_stage[m->rank % stages][m->finished_hash].push_back(m->facts.id);
+  }
+  failed verdict;
+  verdict.step = stop_step();
+  verdict.is_certain = true;
+  std::vector<std::string> stage_hashes;  // what most say
+  for (const auto& [stage, versions] : by_stage) {
+    const auto most = std::max_element(
+        versions.begin(), versions.end(),
+        [](const auto& a, const auto& b) { return a.second.size() < b.second.size(); });
+    stage_hashes.push_back(most->first);
+  }
+  for (const auto& [stage, versions] : by_stage) {
+    const std::string& usual = stage_hashes[static_cast<std::size_t>(stage)];
+    const std::size_t most = versions.at(usual).size();
+    const bool is_majority = static_cast<int>(most) * 2 > generation_->shape.shape.replica_count;
+    verdict.is_certain = verdict.is_certain && is_majority;
+    for (const auto& [hash, who] : versions) {
+      if (is_majority && hash == usual) continue;
+      std::vector<std::string> whole = stage_hashes;
+      whole[static_cast<std::size_t>(stage)] = hash;
+      for (const worker_id worker : who)
+        verdict.suspects.push_back({value(worker), add_tensor_hashes(whole)});
+    }
+  }
+  if (!verdict.suspects.empty()) {
+    verdict.message = "replicas hold other weights after the last step";
+    dispute(verdict);
+    return false;
+  }
+  take_weights_hash(stop_step(), add_tensor_hashes(stage_hashes));
+  if (case_ && case_->step == stop_step()) {
+    judge(stop_step(), weights_hashes_.at(stop_step()));
+    return false;
+  }
+  if (is_final_saved()) return true;
+  start_preparing("the final checkpoint held other weights than the workers");
+  return false;
+}
+
+}  // namespace stagecoach

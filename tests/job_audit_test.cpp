@@ -1,0 +1,317 @@
+// Silent corruption, as the machine of a job sees it: who is named, who is evicted, where it goes
+// on.
+#include <doctest/doctest.h>
+
+#include "coordinator/job_machine.hpp"
+#include "tests/machine_test_support.hpp"
+
+using namespace stagecoach;
+using namespace stagecoach::test;
+
+namespace {
+
+const std::string right = "0000000000000000000000000000000a";
+const std::string wrong = "0000000000000000000000000000000b";
+
+/// One stage, `replicas` workers that run from step 0.
+struct bench {
+  explicit bench(int replicas, int least = 1) : machine(fresh(replicas, least)) {
+    tick(0);
+    job_events::workers_given e;
+    for (int n = 1; n <= replicas; ++n) e.workers.push_back(facts(n));
+    step(e);
+    for (int n = 1; n <= replicas; ++n) answer(n, 0, -1);
+    for (int n = 1; n <= replicas; ++n) load(n, 0);
+    REQUIRE(machine.state() == job_state::running);
+  }
+  static restored_job fresh(int replicas, int least) {
+    restored_job r;
+    r.record.id = static_cast<job_id>(1);
+    r.record.spec = small_spec(least, replicas);
+    r.record.spec.parallelism.is_explicit = true;
+    r.record.spec.parallelism.stages = 1;
+    r.record.spec.parallelism.replicas = replicas;
+    return r;
+  }
+  static worker_facts facts(int n) {
+    return {w(static_cast<std::uint64_t>(n)),
+            fmt::format("p{}", n),
+            fmt::format("w{}", n),
+            "h",
+            "127.0.0.1",
+            4000,
+            "c"};
+  }
+  std::vector<action> step(const job_event& e) {
+    auto list = machine.step(e);
+    seen.insert(seen.end(), list.begin(), list.end());
+    return list;
+  }
+  std::vector<action> tick(std::int64_t ms) {
+    now += ms;
+    return step(job_events::tick{now, now});
+  }
+  std::vector<action> say(int n, to_coordinator m) {
+    return step(job_events::worker_said{w(static_cast<std::uint64_t>(n)), std::move(m)});
+  }
+  /// state_step -1: holds nothing.
+  std::vector<action> answer(int n, std::uint64_t loaded_in, std::int64_t state_step) {
+    prepared p;
+    p.job = 1;
+    p.number = machine.record().number;
+    if (state_step >= 0) {
+      p.has_state = true;
+      p.step = static_cast<std::uint64_t>(state_step);
+      p.chain = 1000 + p.step;
+      p.loaded_in = loaded_in;
+      p.tensors = stage_tensor_names(machine.record().spec.model, 0, 4);
+    }
+    return say(n, p);
+  }
+  std::uint64_t generation() const { return machine.generation()->shape.generation; }
+  std::uint64_t hash() const { return plan_hash(machine.generation()->shape); }
+  std::vector<action> load(int n, std::uint64_t at_step) {
+    return say(n, ready{1, generation(), hash(), at_step, ""});
+  }
+  std::vector<action> report(std::uint64_t step_now, const std::string& before = "") {
+    progress p{1, generation(), hash(), {}};
+    step_report r;
+    r.step = step_now;
+    r.chain = 1000 + step_now;
+    r.weights_hash = before;
+    p.steps.push_back(r);
+    return say(rank0(), p);
+  }
+  int rank0() const {
+    return static_cast<int>(value(machine.generation()->shape.members.front().worker));
+  }
+  void save(std::uint64_t at_step, const std::string& weights_hash) {
+    part_saved x;
+    x.job = 1;
+    x.generation = generation();
+    x.plan_hash = hash();
+    x.step = at_step;
+    x.chain = 1000 + at_step;
+    x.part.file = fmt::format("g{}-{}", x.generation, at_step);
+    x.part.tensors = stage_tensor_names(machine.record().spec.model, 0, 4);
+    x.part.weights_hash = weights_hash;
+    const auto manifests = all_of<actions::write_manifest>(say(rank0(), x));
+    REQUIRE(manifests.size() == 1);
+    step(manifest_written{static_cast<job_id>(1), at_step, true, ""});
+  }
+  std::vector<action> dispute(std::vector<weights_suspect> suspects, bool is_certain,
+                              std::uint64_t at_step) {
+    failed f;
+    f.job = 1;
+    f.generation = generation();
+    f.code = "corrupt";
+    f.message = "weights differ";
+    f.suspects = std::move(suspects);
+    f.is_certain = is_certain;
+    f.step = at_step;
+    return say(rank0(), f);
+  }
+  std::string corruption() const {
+    std::string text;
+    for (const auto& n : all_of<actions::note>(seen)) {
+      if (n.record.kind == "silent_corruption") text += n.record.fields.at("workers") + ";";
+    }
+    return text;
+  }
+
+  job_machine machine;
+  std::vector<action> seen;
+  std::int64_t now = 1000;
+};
+
+}  // namespace
+
+TEST_CASE("three replicas: the one that is outvoted is evicted, the rest goes on live") {
+  bench b(3);
+  b.report(20);
+  const auto list = b.dispute({{2, wrong}}, true, 20);
+  CHECK(b.corruption() == "w2;");
+  const auto released = all_of<actions::release>(list);
+  REQUIRE(released.size() == 1);
+  CHECK(released[0].worker == w(2));
+  CHECK(released[0].is_distrusted);
+  CHECK(sent<prepare>(list).size() == 2);
+  b.answer(1, 1, 20);
+  const auto committed = sent<commit>(b.answer(3, 1, 20));
+  REQUIRE(!committed.empty());
+  CHECK(committed[0].second.source == source_kind::live);
+  CHECK(committed[0].second.step == 20);  // no committed step is lost
+}
+
+TEST_CASE("two replicas: back to an older checkpoint, and the step done again names the liar") {
+  bench b(2);
+  b.save(10, "");
+  b.save(20, "");
+  b.report(20);
+  const auto list = b.dispute({{1, right}, {2, wrong}}, false, 20);
+  CHECK(b.corruption() == "w1, w2;");
+  CHECK(has_note(list, "rolled_back"));
+  CHECK(all_of<actions::release>(list).empty());
+  REQUIRE(all_of<actions::forget_series>(list).size() == 1);
+  CHECK(all_of<actions::forget_series>(list)[0].step == 19);
+  // What they hold is not used, and the checkpoint of the disputed step may hold it.
+  CHECK(b.machine.checkpoints().count(20) == 0);
+  b.answer(1, 1, 20);
+  const auto asked = all_of<actions::find_checkpoint>(b.answer(2, 1, 20));
+  REQUIRE(asked.size() == 1);
+  CHECK(asked[0].step_max == 19);
+  CHECK(asked[0].bad_saves == std::vector<std::uint64_t>{2});
+  checkpoint_facts facts;
+  facts.step = 10;
+  facts.seq = 1;
+  facts.chain = 1010;
+  b.step(checkpoint_found{static_cast<job_id>(1), asked[0].request, facts, {}});
+  b.load(1, 10);
+  b.load(2, 10);
+  REQUIRE(b.machine.state() == job_state::running);
+  CHECK(b.generation() == 2);
+  // Reports and parts of the generation that went wrong are not taken any more.
+  part_saved late;
+  late.job = 1;
+  late.generation = 1;
+  late.step = 19;
+  late.chain = 1019;
+  late.part.tensors = stage_tensor_names(b.machine.record().spec.model, 0, 4);
+  CHECK(all_of<actions::write_manifest>(b.say(2, late)).empty());
+
+  CHECK(all_of<actions::release>(b.report(20, "")).empty());
+  const auto judged = b.report(21, right);  // the weights after step 20
+  CHECK(b.corruption() == "w1, w2;w2;");
+  const auto released = all_of<actions::release>(judged);
+  REQUIRE(released.size() == 1);
+  CHECK(released[0].worker == w(2));
+  CHECK(released[0].is_distrusted);
+  const auto committed = sent<commit>(b.answer(1, 2, 21));
+  REQUIRE(committed.size() == 1);
+  CHECK(committed[0].second.source == source_kind::live);
+  CHECK(committed[0].second.step == 21);
+}
+
+TEST_CASE("a step done again that nobody had before names nobody") {
+  bench b(2);
+  b.save(10, "");
+  b.report(20);
+  b.dispute({{1, right}, {2, wrong}}, false, 20);
+  b.answer(1, 1, 20);
+  const auto asked = all_of<actions::find_checkpoint>(b.answer(2, 1, 20));
+  checkpoint_facts facts;
+  facts.step = 10;
+  facts.chain = 1010;
+  b.step(checkpoint_found{static_cast<job_id>(1), asked.at(0).request, facts, {}});
+  b.load(1, 10);
+  b.load(2, 10);
+  b.report(20);
+  const auto judged = b.report(21, "0000000000000000000000000000000c");
+  CHECK(has_note(judged, "silent_corruption"));
+  CHECK(all_of<actions::release>(judged).empty());
+  CHECK(b.machine.state() == job_state::running);
+}
+
+TEST_CASE(
+    "a checkpoint that holds other weights than all voted is not used, whichever comes first") {
+  bench b(2);
+  b.save(10, right);
+  CHECK(!has_note(b.report(11, right), "silent_corruption"));
+  CHECK(b.machine.checkpoints().count(10) == 1);
+  SUBCASE("the vote after the checkpoint") {
+    b.save(20, wrong);
+    CHECK(has_note(b.report(21, right), "silent_corruption"));
+  }
+  SUBCASE("the checkpoint after the vote") {
+    b.report(21, right);
+    b.save(20, wrong);
+  }
+  CHECK(b.machine.checkpoints().count(20) == 0);
+  CHECK(b.machine.checkpoints().count(10) == 1);
+  CHECK(b.machine.record().bad_saves == std::vector<std::uint64_t>{2});
+}
+
+TEST_CASE("after the last step the members' weights are compared before the job is completed") {
+  bench b(3);
+  b.save(90, "");
+  b.report(100);
+  b.save(100, right);
+  b.say(1, finished{1, 1, 100, right});
+  b.say(2, finished{1, 1, 100, right});
+  SUBCASE("all agree") {
+    b.say(3, finished{1, 1, 100, right});
+    CHECK(b.machine.state() == job_state::completed);
+  }
+  SUBCASE("one holds other weights") {
+    const auto list = b.say(3, finished{1, 1, 100, wrong});
+    CHECK(b.corruption() == "w3;");
+    CHECK(b.machine.state() != job_state::completed);
+    REQUIRE(all_of<actions::release>(list).size() == 1);
+    CHECK(all_of<actions::release>(list)[0].worker == w(3));
+  }
+}
+
+TEST_CASE("a final checkpoint that holds other weights than its workers is written again") {
+  bench b(2);
+  b.report(100);
+  b.save(100, wrong);
+  b.say(1, finished{1, 1, 100, right});
+  const auto list = b.say(2, finished{1, 1, 100, right});
+  CHECK(has_note(list, "silent_corruption"));
+  CHECK(b.machine.state() != job_state::completed);
+  CHECK(sent<prepare>(list).size() == 2);
+  b.answer(1, 1, 100);
+  const auto committed = sent<commit>(b.answer(2, 1, 100));
+  REQUIRE(committed.size() == 2);
+  CHECK(committed[0].second.save_at_start);
+}
+
+TEST_CASE("a distrusted worker is drained with the reason, durably, until it is undrained") {
+  cluster_machine cluster(restored_records{}, "folder");
+  (void)cluster.start();
+  (void)cluster.step(events::tick{1000, 1000});
+  job_spec spec = small_spec(3, 3);
+  spec.parallelism.is_explicit = true;
+  spec.parallelism.stages = 1;
+  spec.parallelism.replicas = 3;
+  (void)cluster.step(events::submit_job{spec, "", {}});
+  for (std::uint64_t n = 1; n <= 3; ++n) {
+    hello h;
+    h.name = fmt::format("w{}", n);
+    h.process = fmt::format("p{}", n);
+    h.device = "cpu";
+    h.device_class = "c";
+    (void)cluster.step(events::worker_attached{static_cast<connection_id>(n), h});
+  }
+  const auto say = [&cluster](std::uint64_t n, to_coordinator m) {
+    return cluster.step(events::worker_said{static_cast<connection_id>(n), std::move(m)});
+  };
+  for (std::uint64_t n = 1; n <= 3; ++n) {
+    prepared p;
+    p.job = 1;
+    p.number = 1;
+    (void)say(n, p);
+  }
+  const plan& shape = cluster.jobs().at(static_cast<job_id>(1)).generation()->shape;
+  for (std::uint64_t n = 1; n <= 3; ++n) (void)say(n, ready{1, 1, plan_hash(shape), 0, ""});
+  failed f;
+  f.job = 1;
+  f.generation = 1;
+  f.code = "corrupt";
+  f.suspects = {{2, wrong}};
+  f.is_certain = true;
+  f.step = 20;
+  const auto list = say(1, f);
+  CHECK(has_note(list, "worker_distrusted"));
+  CHECK(cluster.workers().at(1).state == "DRAINED");
+  CHECK(cluster.workers().at(1).reason.find("silent corruption of job small") == 0);
+  bool is_durable = false;
+  for (const auto& s : all_of<actions::save>(list)) {
+    for (const auto& r : s.rows)
+      is_durable = is_durable || (r.key == keys::worker(w(2)) && r.value && s.is_synced &&
+                                  r.value->find("silent corruption") != std::string::npos);
+  }
+  CHECK(is_durable);
+  (void)cluster.step(events::undrain_worker{"w2", {}});
+  CHECK(cluster.workers().at(1).state == "IDLE");
+}
