@@ -201,6 +201,8 @@ void cluster_machine::on(const events::worker_said& e) {
   const std::uint64_t job = job_of(e.message);
   if (const auto* b = std::get_if<beat>(&e.message)) {
     w->step = b->step;
+    w->is_stuck = b->job == 0 && b->activity != static_cast<int>(trainer_activity::idle) &&
+                  b->stands_ms >= rules_.stand_ms;
     if (b->job != 0 && static_cast<job_id>(b->job) != w->job) {
       stop_stale(*w, b->job, "the job goes on without this worker");
     }
@@ -357,7 +359,7 @@ void cluster_machine::on(const checkpoints_retired& e) {
 // ---- placement ----
 bool cluster_machine::is_free(const worker& w) const {
   return w.connection != connection_id{} && w.job == job_id{} && !w.is_lost &&
-         !w.record.is_drained && now_ms_ >= w.avoid_until_ms &&
+         !w.record.is_drained && !w.is_stuck && now_ms_ >= w.avoid_until_ms &&
          now_ms_ - w.heard_ms < rules_.suspected_silence;
 }
 
@@ -546,10 +548,10 @@ std::vector<worker_view> cluster_machine::workers() const {
     v.host = w.record.host;
     v.job = w.job;
     const bool has_job = w.job != job_id{};
-    v.state = w.connection == connection_id{} || w.is_lost ? "LOST"
-              : w.record.is_drained                        ? (has_job ? "DRAINING" : "DRAINED")
-              : has_job                                    ? "BUSY"
-                                                           : "IDLE";
+    v.state = w.connection == connection_id{} || w.is_lost || w.is_stuck ? "LOST"
+              : w.record.is_drained ? (has_job ? "DRAINING" : "DRAINED")
+              : has_job             ? "BUSY"
+                                    : "IDLE";
     v.device = w.greeting.device;
     v.device_class = w.greeting.device_class;
     v.threads = w.greeting.threads;
@@ -561,7 +563,10 @@ std::vector<worker_view> cluster_machine::workers() const {
     v.heard_ms_ago = now_ms_ - w.heard_ms;
     v.attached_unix_ms = w.attached_unix_ms;
     v.version = w.greeting.version;
-    v.reason = w.record.is_drained ? w.record.drain_reason : v.state == "LOST" ? w.reason : "";
+    v.reason = w.record.is_drained ? w.record.drain_reason
+               : w.is_stuck        ? "its trainer's thread is stuck. fix: restart the worker"
+               : v.state == "LOST" ? w.reason
+                                   : "";
     views.push_back(std::move(v));
   }
   return views;

@@ -132,6 +132,7 @@ class cluster_machine {
     job_id job{};          // who has it
     bool is_lost = false;  // a job gave it up; free again when it is heard
     std::int64_t avoid_until_ms = 0;
+    bool is_stuck = false;  // told to stop, and its trainer's thread has not come back
     std::int64_t told_to_stop_ms = -1;
     std::string reason;
   };

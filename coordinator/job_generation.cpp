@@ -299,6 +299,7 @@ void job_machine::commit_generation(const choice& c) {
     m.rank = -1;
     m.lost_by.clear();
     m.suspected_by.clear();
+    m.pulse.reset();
   }
   for (std::size_t rank = 0; rank < c.by_rank.size(); ++rank) {
     member& m = members_.at(c.by_rank[rank]);
@@ -317,6 +318,7 @@ void job_machine::commit_generation(const choice& c) {
   sought_.clear();
   resumed_step_.reset();
   reported_step_ = c.step;
+  step_us_.clear();
   waits_for_.clear();
   enter(phase::loading);
   const char* sources[] = {"initial", "live", "checkpoint"};

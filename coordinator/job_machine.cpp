@@ -15,6 +15,7 @@ namespace {
 // Chains of this many newest steps are kept to compare a redone step with its first report; a redo
 // goes back to the newest checkpoint at most, and those chains are kept in the index.
 constexpr std::size_t chain_count_max = 8192;
+constexpr std::size_t step_us_count_max = 15;  // enough for a median, few enough to follow a change
 }  // namespace
 
 job_machine::job_machine(restored_job restored, detection rules)
@@ -288,6 +289,7 @@ void job_machine::said(member&, const hello&) {}
 void job_machine::said(member& m, const beat& x) {
   if (x.job != value(id()) || !generation_ || x.generation != generation_->shape.generation) return;
   m.phase = static_cast<worker_phase>(x.phase);
+  m.pulse = x;
   m.step = std::max(m.step, x.step);
   reported_step_ = std::max(reported_step_, x.step);
 }
@@ -356,8 +358,10 @@ void job_machine::said(member& m, const progress& x) {
     check_chain(s.step, s.chain, m.facts.name);
     if (s.step > 0) take_weights_hash(s.step - 1, s.weights_hash);
     if (s.step > newest_report_.step) newest_report_ = s;
+    if (x.generation == number_) step_us_.push_back(s.step_us);
     if (x.generation == number_) reported_step_ = std::max(reported_step_, s.step);
   }
+  while (step_us_.size() > step_us_count_max) step_us_.pop_front();
   const bool is_of_this = is_committed() && x.generation == number_;
   if (is_of_this && !x.steps.empty()) {
     fruitless_count_ = 0;

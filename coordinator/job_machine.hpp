@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <optional>
 #include <set>
@@ -58,6 +59,9 @@ struct detection {
   std::int64_t link_lost_wait = 1'000;      // a link broke, both ends beat: the control loss may
                                             // be on its way
   std::int64_t link_suspected_max = 5'000;  // a link stands but carries nothing
+  // A trainer's thread that stands still while it computes (watch_progress): 2 s, since an
+  // instruction takes milliseconds, or this many median steps, since one may be most of a step.
+  std::int64_t stand_ms = 2'000, stand_steps = 5;
   std::int64_t prepare_wait =
       2'000;  // an answer to prepare needs no computation, only a dropped step
   std::int64_t minority_wait = 10'000;  // a silent member may hold a newer step
@@ -343,6 +347,7 @@ class job_machine {
     std::string finished_hash;
     bool is_astray = false;                                   // came back without our generation
     std::map<worker_id, std::int64_t> lost_by, suspected_by;  // who says so, since when
+    std::optional<beat> pulse;                                // its newest of this generation
   };
   /// Somebody may be dead: another worker is asked to reach it.
   struct inquiry {
@@ -414,6 +419,9 @@ class job_machine {
   std::string other_sign(const member& m) const;   // beside its witness's; empty: none
   std::string reason_lost(const member& m) const;  // empty: it is not lost
   std::string reason_link_fault() const;           // empty: none
+  std::int64_t stand_ms_max() const;
+  const member* end_of_wait(const member& m) const;
+  void watch_progress();
   void lose(const std::map<worker_id, std::string>& lost);
   bool count_failure(const std::string& why);  // false: over the budget, the job has failed
   void fail_generation(const std::string& why);
@@ -529,6 +537,7 @@ class job_machine {
   std::map<std::uint64_t, std::uint64_t> chains_;  // of the newest steps
   std::map<std::uint64_t, pending_save> saves_;
   step_report newest_report_;
+  std::deque<std::int64_t> step_us_;  // of this generation's newest steps
   std::optional<evaluated> newest_evaluation_;
 
   // Silent corruption.

@@ -9,6 +9,10 @@
 //           the generation ends and the links are dialled again
 // Where nobody can be asked, or nobody answers, patience decides (`detection`). What the
 // coordinator slept through is no silence: its ticks advance by a bounded time (cluster_machine).
+//
+// A process that beats may still do nothing. Beats say what its trainer's thread is at and for how
+// long: who stands in compute is stuck and lost; who waits for another never is, but the one at the
+// end of its chain; a chain that ends in itself, or at one that is idle, ends the generation.
 #include <algorithm>
 #include <utility>
 
@@ -25,7 +29,8 @@ void job_machine::watch_members() {
   }
   if (!lost.empty()) return lose(lost);
   if (!is_committed()) return;
-  if (const std::string fault = reason_link_fault(); !fault.empty()) fail_generation(fault);
+  if (const std::string fault = reason_link_fault(); !fault.empty()) return fail_generation(fault);
+  if (phase_ == phase::running) watch_progress();
 }
 
 // ---- asking ----
@@ -164,7 +169,7 @@ std::string job_machine::reason_lost(const member& m) const {
   if (q.verdict == "gone") return "its process is gone: " + q.why;
   if (q.verdict == "silent") {
     if (const std::string sign = other_sign(m); !sign.empty())
-      return fmt::format("{}, and {}", q.why, sign);
+      return fmt::format("a witness finds it silent ({}), and {}", q.why, sign);
   }
   if (q.verdict == "alive") {
     const std::int64_t away_ms = m.is_connected ? silent_ms : closed_ms;
@@ -196,24 +201,84 @@ std::string job_machine::reason_link_fault() const {
       return other != members_.end() && (other->second.lost_by.count(worker) != 0 ||
                                          other->second.suspected_by.count(worker) != 0);
     };
+    // How long a silent one is given: one that is dead gives a second sign by then.
+    const auto patience = [&](worker_id by, std::int64_t since, std::int64_t if_alive,
+                              std::int64_t if_unknown) {
+      if (verdict == "alive" && asked->second.answered_ms >= since) return if_alive;
+      if (verdict == "silent") return is_mutual(by) ? if_alive : rules_.beat_late;
+      return if_unknown;
+    };
     for (const auto& [by, since] : m.lost_by) {
-      const bool is_alive = verdict == "alive" && asked->second.answered_ms >= since;
-      if (is_alive || (!is_asked && now_ms_ - since >= rules_.link_lost_wait))
+      const std::int64_t wait_ms = patience(by, since, 0, rules_.link_lost_wait);
+      if (wait_ms == 0 || (!is_asked && now_ms_ - since >= wait_ms))
         return fmt::format("the link between {} and w-{} broke, both are alive", m.facts.name,
                            value(by));
     }
     for (const auto& [by, since] : m.suspected_by) {
-      const bool is_alive = verdict == "alive" && asked->second.answered_ms >= since;
-      const std::int64_t patience = is_alive || (verdict == "silent" && is_mutual(by))
-                                        ? rules_.link_settle
-                                    : verdict == "silent" ? rules_.link_lost_wait
-                                                          : rules_.link_suspected_max;
-      if (!is_asked && now_ms_ - since >= patience)
+      const std::int64_t wait_ms =
+          patience(by, since, rules_.link_settle, rules_.link_suspected_max);
+      if (!is_asked && now_ms_ - since >= wait_ms)
         return fmt::format("the link between {} and w-{} carries nothing, both are alive",
                            m.facts.name, value(by));
     }
   }
   return {};
+}
+
+// ---- progress ----
+std::int64_t job_machine::stand_ms_max() const {
+  if (step_us_.empty()) return rules_.load_wait;  // a first step may also fault in its memory
+  std::vector<std::int64_t> times(step_us_.begin(), step_us_.end());
+  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
+  std::nth_element(times.begin(), middle, times.end());
+  return std::max(rules_.stand_ms, rules_.stand_steps * *middle / 1000);
+}
+
+/// Whom this waiting member's wait ends at: one that does not wait, or one that was met already.
+/// Null: somebody on the way is not known, or has moved lately.
+const job_machine::member* job_machine::end_of_wait(const member& m) const {
+  std::set<worker_id> met;
+  const member* at = &m;
+  while (met.insert(at->facts.id).second) {
+    const auto next = members_.find(static_cast<worker_id>(at->pulse->waits_for));
+    if (next == members_.end() || next->second.rank < 0 || !next->second.pulse) return nullptr;
+    at = &next->second;
+    if (at->pulse->stands_ms < stand_ms_max()) return nullptr;
+    if (at->pulse->activity != static_cast<int>(trainer_activity::wait)) break;
+  }
+  return at;
+}
+
+void job_machine::watch_progress() {
+  const auto is_at = [](const member& m, trainer_activity what) {
+    return m.pulse && m.pulse->activity == static_cast<int>(what);
+  };
+  const std::int64_t bound_ms = stand_ms_max();
+  std::map<worker_id, std::string> stuck;
+  std::string circle;
+  for (const auto& [worker, m] : members_) {
+    const bool stands = m.rank >= 0 && m.is_connected && m.pulse &&
+                        m.phase == worker_phase::running && m.pulse->stands_ms >= bound_ms;
+    if (!stands) continue;
+    if (is_at(m, trainer_activity::compute)) {
+      stuck[worker] =
+          fmt::format("stuck: its trainer stands in one instruction for {} ms (bound {})",
+                      m.pulse->stands_ms, bound_ms);
+    } else if (is_at(m, trainer_activity::wait)) {
+      const member* end = end_of_wait(m);
+      if (end == nullptr) continue;
+      const bool waits = is_at(*end, trainer_activity::wait);
+      if (!waits && !is_at(*end, trainer_activity::idle)) continue;
+      circle =
+          fmt::format("{} waits for {} ms, in the end for {}, which {}", m.facts.name,
+                      m.pulse->stands_ms, end->facts.name, waits ? "waits itself" : "does nothing");
+    }
+  }
+  if (!stuck.empty()) {
+    lose(stuck);
+  } else if (!circle.empty()) {
+    fail_generation(circle);
+  }
 }
 
 }  // namespace stagecoach

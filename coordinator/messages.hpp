@@ -135,6 +135,7 @@ struct beat {
   std::uint64_t op = 0;  // instructions done since the process started; stands still if stuck
   int activity = 0;      // trainer_activity
   std::uint64_t waits_for = 0;  // worker_id whose frame the trainer waits for; 0: none
+  std::int64_t stands_ms = 0;   // since op and activity changed last, by the worker's own time
   std::int64_t leaf_us = 0;     // compute time of one leaf on its stage, lately; 0: not known
 };
 
@@ -420,7 +421,7 @@ STAGECOACH_FIELDS(hello, v("protocol", m.protocol), v("name", m.name), v("proces
                   v("step", m.step), v("promised", m.promised), v("version", m.version))
 STAGECOACH_FIELDS(beat, v("job", m.job), v("generation", m.generation), v("step", m.step),
                   v("phase", m.phase), v("op", m.op), v("activity", m.activity),
-                  v("waits_for", m.waits_for), v("leaf_us", m.leaf_us))
+                  v("waits_for", m.waits_for), v("stands_ms", m.stands_ms), v("leaf_us", m.leaf_us))
 STAGECOACH_FIELDS(prepared, v("job", m.job), v("number", m.number), v("has_state", m.has_state),
                   v("step", m.step), v("chain", m.chain), v("tensors", m.tensors),
                   v("last_vote", m.last_vote), v("has_pending", m.has_pending),

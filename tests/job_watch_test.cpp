@@ -95,8 +95,11 @@ TEST_CASE("two members: the accuser is the witness, and late beats are the secon
     b.tick(300);
     b.find(2, "silent");
     b.beats({2});
-    auto all = b.tick(700);
+    b.tick(1000);
+    b.find(2, "silent");  // asked again after a second
+    auto all = b.tick(100);
     CHECK(has_note(all, "generation_failed"));
+    b.beats({1, 2});
     for (action& a : b.tick(300)) all.push_back(std::move(a));
     CHECK(released(all).empty());
     CHECK(sent<prepare>(all).size() == 2);
@@ -326,4 +329,136 @@ TEST_CASE("where witnesses do not answer, a frozen member is lost after three se
     b.tick(150);
     CHECK(b.machine.state() == job_state::recovering);
   }
+}
+
+namespace {
+
+/// A beat of a member whose trainer has been at this for so long.
+void beat_at(bench& b, std::uint64_t n, trainer_activity what, std::int64_t stands_ms,
+             std::uint64_t waits_for = 0) {
+  beat x{1, b.generation(), 0, static_cast<int>(worker_phase::running)};
+  x.activity = static_cast<int>(what);
+  x.stands_ms = stands_ms;
+  x.waits_for = waits_for;
+  b.say(n, x);
+}
+
+/// Steps of this length were reported.
+void report_steps(bench& b, std::int64_t step_ms) {
+  progress p{1, b.generation(), b.hash(), {}};
+  for (std::uint64_t step = 1; step <= 5; ++step) {
+    step_report r;
+    r.step = step;
+    r.chain = step;
+    r.step_us = step == 3 ? 60'000'000 : 1000 * step_ms;  // one outlier
+    p.steps.push_back(r);
+  }
+  b.say(b.worker_at(0), p);
+}
+
+constexpr auto compute = trainer_activity::compute, wait = trainer_activity::wait;
+
+}  // namespace
+
+TEST_CASE("a trainer that stands in one instruction is stuck at its bound, and given up") {
+  bench b = three();
+  SUBCASE("2 s where steps are short") {
+    report_steps(b, 50);
+    beat_at(b, 1, wait, 1900, 3);
+    beat_at(b, 3, compute, 1950);
+    beat_at(b, 2, wait, 1900, 1);
+    CHECK(b.machine.state() == job_state::running);
+    beat_at(b, 1, wait, 2100, 3);
+    beat_at(b, 2, wait, 2100, 1);
+    CHECK(b.machine.state() == job_state::running);  // they wait for 3, who moved by its last word
+    beat_at(b, 3, compute, 2000);
+    CHECK(released(b.last) == std::vector<std::uint64_t>{3});
+    CHECK(sent<prepare>(b.last).size() == 2);
+    REQUIRE(sent<stop_stage>(b.last).size() == 1);
+    CHECK(value(sent<stop_stage>(b.last)[0].first) == 3);
+    CHECK(all_of<actions::release>(b.last)[0].is_lost);
+  }
+  SUBCASE("five median steps where they are long") {
+    report_steps(b, 1000);
+    beat_at(b, 3, compute, 4900);
+    CHECK(b.machine.state() == job_state::running);
+    beat_at(b, 3, compute, 5000);
+    CHECK(b.machine.state() == job_state::recovering);
+  }
+  SUBCASE("a minute before the first step is known") {
+    beat_at(b, 3, compute, 59'000);
+    CHECK(b.machine.state() == job_state::running);
+    beat_at(b, 3, compute, 60'000);
+    CHECK(b.machine.state() == job_state::recovering);
+  }
+}
+
+TEST_CASE("declared phases have no clock") {
+  bench b = three();
+  report_steps(b, 50);
+  for (const auto what :
+       {trainer_activity::load, trainer_activity::save, trainer_activity::evaluate}) {
+    beat_at(b, 3, what, 100'000);
+    beat_at(b, 1, wait, 100'000, 3);
+    beat_at(b, 2, wait, 100'000, 1);
+    CHECK(b.machine.state() == job_state::running);
+  }
+}
+
+TEST_CASE("who waits is never the culprit: a circle ends the generation and evicts nobody") {
+  bench b = three();
+  report_steps(b, 50);
+  beat_at(b, 1, wait, 3000, 2);
+  beat_at(b, 2, wait, 3000, 3);
+  CHECK(b.machine.state() == job_state::running);  // of 3 nothing is known yet
+  beat_at(b, 3, wait, 3000, 1);
+  CHECK(has_note(b.last, "generation_failed"));
+  CHECK(released(b.last).empty());
+}
+
+TEST_CASE("a wait for one that does nothing ends the generation") {
+  bench b = three();
+  report_steps(b, 50);
+  beat_at(b, 1, trainer_activity::idle, 1000);
+  beat_at(b, 2, wait, 3000, 1);
+  CHECK(b.machine.state() == job_state::running);
+  beat_at(b, 1, trainer_activity::idle, 3000);
+  CHECK(has_note(b.last, "generation_failed"));
+  CHECK(released(b.last).empty());
+}
+
+TEST_CASE("a new generation starts with clocks of its own") {
+  bench b = three();
+  report_steps(b, 50);
+  beat_at(b, 3, compute, 1900);
+  b.disconnect(2);
+  b.find(2, "gone");
+  const auto tensors = stage_tensor_names(replicas(3).model, 0, 4);
+  for (const std::uint64_t n : {1, 3}) b.answer(n, 2, 5, tensors);
+  b.tick(100);
+  for (const std::uint64_t n : {1, 3}) b.load(n, 5);
+  REQUIRE(b.machine.state() == job_state::running);
+  beat_at(b, 3, compute, 10'000);  // the first step of this generation is not known
+  CHECK(b.machine.state() == job_state::running);
+}
+
+TEST_CASE("a worker whose trainer does not come back is not given to a job again") {
+  cluster_machine c(restored_records{});
+  (void)c.start();
+  (void)c.step(events::tick{0, 0});
+  hello h;
+  h.name = "w1";
+  h.process = "p1";
+  h.device = "cpu";
+  (void)c.step(events::worker_attached{static_cast<connection_id>(1), h});
+  beat b;
+  b.activity = static_cast<int>(compute);
+  b.stands_ms = 2500;
+  (void)c.step(events::worker_said{static_cast<connection_id>(1), b});
+  (void)c.step(events::submit_job{replicas(1), "", reply_id{}});
+  CHECK(sent<prepare>(c.step(events::tick{100, 0})).empty());
+  CHECK(c.workers()[0].state == "LOST");
+  b.activity = static_cast<int>(trainer_activity::idle);
+  (void)c.step(events::worker_said{static_cast<connection_id>(1), b});
+  CHECK(sent<prepare>(c.step(events::tick{200, 0})).size() == 1);
 }

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "worker/link.hpp"
+#include "worker/pulse_counter.hpp"
 
 using namespace stagecoach;
 using namespace std::chrono_literals;
@@ -81,4 +82,29 @@ TEST_CASE("memory links: four ranks exchange all to all") {
     });
   for (auto& t : ranks) t.join();
   CHECK(wrong == 0);
+}
+
+TEST_CASE("watched links say for whom their thread waits, and count") {
+  auto sets = make_memory_links(2);
+  pulse_counter pulse;
+  watched_links watched(std::move(sets[0]), {41, 42}, pulse);
+  const auto before = pulse.now();
+  CHECK(before.activity == trainer_activity::idle);
+  const std::vector<std::byte> bytes(8);
+  std::thread peer([&] {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    while (pulse.now().waits_for != 42 && std::chrono::steady_clock::now() < until)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    CHECK(pulse.now().activity == trainer_activity::wait);
+    CHECK(sets[1]->send(0, {link_tag::probe, 1}, bytes));
+  });
+  {
+    const pulse_counter::scope computing(pulse, trainer_activity::compute);
+    CHECK(watched.receive_any(1, {link_tag::probe, 1}, 8));
+    CHECK(pulse.now().activity == trainer_activity::compute);
+    CHECK(pulse.now().waits_for == 0);
+  }
+  peer.join();
+  CHECK(pulse.now().activity == trainer_activity::idle);
+  CHECK(pulse.now().op > before.op);
 }

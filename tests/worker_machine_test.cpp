@@ -95,6 +95,41 @@ TEST_CASE("a worker greets, is welcomed, and beats once a period") {
   CHECK(b.sent<beat>().size() == 1);
 }
 
+TEST_CASE("beats say what the trainer's thread is at, and come closer while it stands") {
+  bench b;
+  b.run();
+  std::int64_t now = 0;
+  std::vector<beat> beats;
+  const auto pass = [&](std::int64_t ms, std::uint64_t op) {
+    for (const std::int64_t end = now + ms; now < end;) {
+      now += 100;
+      b.step(worker_events::tick{now, 0, {op, trainer_activity::wait, 3}});
+      for (const beat& x : b.sent<beat>()) beats.push_back(x);
+    }
+  };
+  for (std::uint64_t op = 1; op <= 20; ++op) pass(100, op);
+  CHECK(beats.size() == 2);
+  CHECK(beats.back().op == 20);
+  CHECK(beats.back().activity == static_cast<int>(trainer_activity::wait));
+  CHECK(beats.back().waits_for == 3);
+  CHECK(beats.back().stands_ms == 0);
+  pass(2000, 20);
+  CHECK(beats.back().stands_ms >= 1900);
+  CHECK(beats.size() >= 7);
+  SUBCASE("it moves again") {
+    pass(100, 21);
+    beats.clear();
+    for (std::uint64_t op = 22; op <= 41; ++op) pass(100, op);
+    CHECK(beats.size() == 2);
+    CHECK(beats.back().stands_ms < 100);
+  }
+  SUBCASE("what this process slept through is no standing still") {
+    now += 60'000;
+    pass(100, 20);
+    CHECK(beats.back().stands_ms <= 2300);
+  }
+}
+
 TEST_CASE("after prepare(n) nothing of a smaller number is taken or said") {
   bench b;
   b.run();

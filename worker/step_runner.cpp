@@ -325,6 +325,7 @@ result<vote_result> step_runner::compute(std::uint64_t step, std::uint64_t chain
         break;
     }
     if (!done) return done.err();
+    if (pulse_ != nullptr) pulse_->count();
   }
   return vote(step, chain, orders);
 }

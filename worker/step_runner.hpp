@@ -26,6 +26,7 @@
 #include "model/shadow.hpp"
 #include "model/stage.hpp"
 #include "worker/link.hpp"
+#include "worker/pulse_counter.hpp"
 #include "worker/vote.hpp"
 
 namespace stagecoach {
@@ -80,6 +81,8 @@ class step_runner {
   bool takes_part_in_evaluation() const;
   bool reports_evaluation() const;
 
+  /// Counts each instruction that is done; must outlive this.
+  void count_into(pulse_counter& pulse) { pulse_ = &pulse; }
   /// From any thread: makes compute() and evaluate() return `cancelled` soon.
   void cancel() { cancelled_.store(true); }
   /// Called by every compute() half way through its instructions, on its thread; for tests.
@@ -145,6 +148,7 @@ class step_runner {
   std::optional<weights_dispute> dispute_;
   std::vector<std::string> stage_hashes_;
   std::function<void(std::uint64_t)> middle_;
+  pulse_counter* pulse_ = nullptr;
   std::atomic<bool> cancelled_{false};
 };
 

@@ -127,6 +127,12 @@ std::vector<tensor_info> tensors_to_save(const job_spec& spec, const plan& shape
   return mine;
 }
 
+std::vector<std::uint64_t> worker_ids(const plan& shape) {
+  std::vector<std::uint64_t> ids;
+  for (const plan_member& m : shape.members) ids.push_back(value(m.worker));
+  return ids;
+}
+
 int count_parts(const job_spec& spec, const plan& shape) {
   int parts = 0;
   for (int rank = 0; rank < static_cast<int>(shape.members.size()); ++rank)
@@ -197,6 +203,9 @@ struct trainer::implementation {
           return later.what == command::kind::drop || later.what == command::kind::stop;
         });
       }
+      const pulse_counter::scope busy(pulse, c.what == command::kind::load
+                                                 ? trainer_activity::load
+                                                 : trainer_activity::compute);
       switch (c.what) {
         case command::kind::drop:
           on_drop(c.p);
@@ -364,8 +373,7 @@ struct trainer::implementation {
         if (interrupted || ending) return error{errc::cancelled, "dropped"};
         loading_job = value(c.shape.job);
       }
-      std::vector<std::uint64_t> workers;
-      for (const plan_member& m : c.shape.members) workers.push_back(value(m.worker));
+      const std::vector<std::uint64_t> workers = worker_ids(c.shape);
       const std::uint64_t job = value(c.shape.job), generation = c.shape.generation;
       auto made =
           links.open(c.shape.job, identity(c.shape), rank, peers,
@@ -388,6 +396,8 @@ struct trainer::implementation {
       if (!made) return made.err();
       opened_links = std::move(*made);
     }
+    opened_links =
+        std::make_unique<watched_links>(std::move(opened_links), worker_ids(c.shape), pulse);
     {
       std::lock_guard lock(mutex);
       current_links = std::move(opened_links);
@@ -423,6 +433,7 @@ struct trainer::implementation {
     token_reader train = reader_of(train_source), valid = reader_of(valid_source);
     auto made = std::make_unique<step_runner>(spec, shape, my_rank, *model, *current_links, *device,
                                               std::move(train), std::move(valid), copies.get());
+    made->count_into(pulse);
     if (!faults.is_empty())
       made->watch_middle([this](std::uint64_t step) { faults.within_compute(step); });
     {
@@ -618,6 +629,7 @@ struct trainer::implementation {
   void apply_vote(const vote_result& vote) {
     runner->apply(vote);
     faults.after_apply(vote.step, *model);
+    pulse.count();
     state_step = vote.step;
     state_chain = vote.chain;
     last_vote = vote;
@@ -722,6 +734,7 @@ struct trainer::implementation {
 
   bool evaluate() {
     if (!runner->takes_part_in_evaluation() || !valid_source) return true;
+    const pulse_counter::scope evaluating(pulse, trainer_activity::evaluate);
     auto loss = runner->evaluate(state_step);
     if (!loss) {
       on_broken(loss.err());
@@ -784,6 +797,7 @@ struct trainer::implementation {
   // ---- save
   // ------------------------------------------------------------------------------------------
   void start_save(bool is_final) {
+    const pulse_counter::scope saving(pulse, trainer_activity::save);
     const auto began = clock::now();
     const auto mine = tensors_to_save(spec, shape, my_rank);
     if (mine.empty()) return;
@@ -903,6 +917,7 @@ struct trainer::implementation {
   link_server& links;
   std::unique_ptr<backend> device;
   std::string self_process;
+  pulse_counter pulse;
 
   mutable std::mutex mutex;  // guards the lines below
   std::condition_variable wake;
@@ -994,7 +1009,9 @@ void trainer::stop(const stop_stage& s) {
 }
 trainer::status trainer::now() const {
   std::lock_guard lock(self_->mutex);
-  return self_->shown;
+  status shown = self_->shown;
+  shown.pulse = self_->pulse.now();
+  return shown;
 }
 
 }  // namespace stagecoach

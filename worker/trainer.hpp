@@ -15,6 +15,7 @@
 #include "coordinator/messages.hpp"
 #include "worker/fault_injection.hpp"
 #include "worker/link_asio.hpp"
+#include "worker/trainer_pulse.hpp"
 
 namespace stagecoach {
 
@@ -51,6 +52,7 @@ class trainer {
   struct status {
     std::uint64_t job = 0, generation = 0, plan_hash = 0, step = 0;
     worker_phase phase = worker_phase::idle;
+    trainer_pulse pulse{};
   };
   status now() const;
 

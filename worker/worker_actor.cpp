@@ -219,7 +219,8 @@ class running_worker : public worker {
       const auto now = std::chrono::duration_cast<std::chrono::milliseconds>(
                            std::chrono::steady_clock::now() - began)
                            .count();
-      caf::anon_send(to, worker_event{worker_events::tick{now, training_now->now().step}});
+      const trainer::status shown = training_now->now();
+      caf::anon_send(to, worker_event{worker_events::tick{now, shown.step, shown.pulse}});
     });
     return ok();
   }

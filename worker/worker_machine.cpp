@@ -7,7 +7,11 @@ namespace stagecoach {
 
 namespace {
 constexpr std::size_t steps_of_a_message_max = 1'000;  // 200 KB of JSON
-}
+constexpr std::int64_t tick_gap_ms_max = 300;          // ticks come every 100 ms
+// A second of a running trainer without an instruction done is rare; from then on beats come
+// closer, so that a stuck one is known at its bound and not up to a second later.
+constexpr std::int64_t odd_stand_ms = 1'000, odd_beat_ms = 200;
+}  // namespace
 
 worker_machine::worker_machine(worker_identity identity) : identity_(std::move(identity)) {}
 
@@ -34,12 +38,29 @@ void worker_machine::on(const worker_events::trainer_said& e) {
   std::visit([this](const auto& x) { said(x); }, e.message);
 }
 
+/// A trainer's thread that stands still is the coordinator's to judge; what this process slept
+/// through (a stop, a swamped host) is no standing still.
+void worker_machine::watch_pulse(const worker_events::tick& e) {
+  own_ms_ += std::clamp<std::int64_t>(e.now_ms - now_ms_, 0, tick_gap_ms_max);
+  if (e.pulse != pulse_) moved_own_ms_ = own_ms_;
+  pulse_ = e.pulse;
+}
+
 void worker_machine::on(const worker_events::tick& e) {
+  watch_pulse(e);
   now_ms_ = e.now_ms;
   if (job_ != 0) step_ = std::max(step_, e.step);
-  if (!is_welcome_ || now_ms_ < next_beat_ms_) return;
+  const std::int64_t stands_ms = own_ms_ - moved_own_ms_;
+  const bool is_odd = phase_ == worker_phase::running && stands_ms >= odd_stand_ms;
+  const std::int64_t due_ms = is_odd ? next_beat_ms_ - beat_ms_ + odd_beat_ms : next_beat_ms_;
+  if (!is_welcome_ || now_ms_ < std::min(due_ms, next_beat_ms_)) return;
   next_beat_ms_ = now_ms_ + beat_ms_;
-  send(beat{job_, generation_, step_, static_cast<int>(phase_)});
+  beat b{job_, generation_, step_, static_cast<int>(phase_)};
+  b.op = pulse_.op;
+  b.activity = static_cast<int>(pulse_.activity);
+  b.waits_for = pulse_.waits_for;
+  b.stands_ms = stands_ms;
+  send(b);
 }
 
 void worker_machine::on(const worker_events::stopping& e) {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "coordinator/messages.hpp"
+#include "worker/trainer_pulse.hpp"
 
 namespace stagecoach {
 
@@ -41,6 +42,7 @@ struct trainer_said {
 struct tick {
   std::int64_t now_ms = 0;
   std::uint64_t step = 0;
+  trainer_pulse pulse{};
 };  // about every 100 ms
 struct stopping {
   std::string reason;
@@ -129,6 +131,7 @@ class worker_machine {
     pass_on(x);
   }
 
+  void watch_pulse(const worker_events::tick& e);
   void send(to_coordinator message);
   void pass_on(to_coordinator message);  // now, or after the next welcome
   void tell(to_worker message);
@@ -143,6 +146,8 @@ class worker_machine {
   bool is_connected_ = false, is_welcome_ = false;
   std::uint64_t id_ = 0, incarnation_ = 0;
   std::int64_t beat_ms_ = 1000, next_beat_ms_ = 0, now_ms_ = 0;
+  trainer_pulse pulse_;
+  std::int64_t own_ms_ = 0, moved_own_ms_ = 0;  // time without what this process slept through
 
   worker_phase phase_ = worker_phase::idle;
   std::uint64_t job_ = 0;

@@ -118,11 +118,15 @@ class cluster {
   void step_worker(const process_ptr& p, const worker_event& e);
   void emit(const process_ptr& p, to_coordinator message);
   void ask_alive(const process_ptr& p, const probe& question);
+  trainer_pulse pulse_of(const process_ptr& p);
+  void hangs(std::uint64_t seed);
+  void check_stuck(const event_record& noted);
   void to_trainer(const process_ptr& p, const to_worker& message);
   void load(const process_ptr& p, const commit& c);
   void exchange(const process_ptr& p, std::uint64_t epoch);
   void run_trainer(const process_ptr& p);
   void begin_step(const process_ptr& p);
+  void end_compute(const process_ptr& p, std::uint64_t epoch);
   void give_to_copies(const process_ptr& p);
   void consider_vote(const process_ptr& p);
   void count_ballots(const process_ptr& zero, std::uint64_t step);

@@ -130,6 +130,7 @@ void cluster::carry_out(action& a) {
     }
     if (!answer.steps.empty()) later(delay(ms, 20 * ms), answer);
   } else if (auto* n = std::get_if<actions::note>(&a)) {
+    check_stuck(n->record);
     const event_record& e = n->record;
     rows_[keys::event(e.job, e.number)] = to_json_text(e);
     say("   [{}] {}: {}", value(e.job), e.kind, e.text);

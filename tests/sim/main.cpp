@@ -68,6 +68,7 @@ int main(int argc, char** argv) {
     sum.live_recoveries += x.live_recoveries;
     sum.roll_forwards += x.roll_forwards;
     sum.saves += x.saves;
+    sum.hangs += x.hangs;
     sum.covered_losses += x.covered_losses;
     if (x.safety.empty() && x.liveness.empty()) continue;
     ++bad;
@@ -79,10 +80,10 @@ int main(int argc, char** argv) {
   fmt::print(
       "{} seeds from {}: {} events, {} steps, {} generations, {} lost workers, {} coordinator "
       "crashes, {} live loads, {} roll-forwards, {} loads from checkpoints, {} losses with copies, "
-      "{} saves; {} bad; "
+      "{} saves, {} hangs; {} bad; "
       "{:.1f} s\n",
       done, seed, sum.events, sum.steps, sum.generations, sum.lost_workers, sum.coordinator_crashes,
-      sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.covered_losses, sum.saves, bad,
-      took.count());
+      sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.covered_losses, sum.saves,
+      sum.hangs, bad, took.count());
   return bad == 0 ? 0 : 1;
 }

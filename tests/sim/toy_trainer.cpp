@@ -7,6 +7,13 @@ namespace stagecoach::sim {
 
 void cluster::to_trainer(const process_ptr& p, const to_worker& message) {
   toy_trainer& t = p->trainer;
+  if (p->is_hung) {
+    // Commands queue; those that end a step cancel its links at once, from another thread.
+    if (std::holds_alternative<prepare>(message) || std::holds_alternative<stop_stage>(message))
+      close_links(p);
+    p->after_hang.push_back([this, p, message] { to_trainer(p, message); });
+    return;
+  }
   if (const auto* x = std::get_if<prepare>(&message)) {
     ++t.epoch;
     close_links(p);
@@ -196,16 +203,19 @@ void cluster::run_trainer(const process_ptr& p) {
 
 void cluster::begin_step(const process_ptr& p) {
   const std::uint64_t epoch = p->trainer.epoch;
-  on(p, delay(p->step_ms * ms / 2, p->step_ms * ms), [this, p, epoch] {
-    toy_trainer& t = p->trainer;
-    if (t.epoch != epoch || t.now != toy_trainer::doing::running) return;
-    for (int r = 0; r < static_cast<int>(t.shape.members.size()); ++r) {
-      if (r != t.rank && !share_links(p, peer_of(t, r))) return;  // the step is broken
-    }
-    t.is_computed = true;
-    give_to_copies(p);
-    consider_vote(p);
-  });
+  on(p, delay(p->step_ms * ms / 2, p->step_ms * ms), [this, p, epoch] { end_compute(p, epoch); });
+}
+
+void cluster::end_compute(const process_ptr& p, std::uint64_t epoch) {
+  if (p->is_hung) return p->after_hang.push_back([this, p, epoch] { end_compute(p, epoch); });
+  toy_trainer& t = p->trainer;
+  if (t.epoch != epoch || t.now != toy_trainer::doing::running) return;
+  for (int r = 0; r < static_cast<int>(t.shape.members.size()); ++r) {
+    if (r != t.rank && !share_links(p, peer_of(t, r))) return;  // the step is broken
+  }
+  t.is_computed = true;
+  give_to_copies(p);
+  consider_vote(p);
 }
 
 /// The reduced gradient of its stage to who keeps copies of it.
