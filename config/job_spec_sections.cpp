@@ -401,8 +401,8 @@ void spec_reader::resolve_batch(const std::optional<quantity>& global) {
   step_tokens_ = sequences * b.sequence_tokens;
   if (has_problem_at("batch.micro")) return;
   if (b.micro_sequences == 0)
-    b.micro_sequences =
-        resolve_micro_sequences(sequences, b.sequence_tokens, spec_.elasticity.workers_max);
+    b.micro_sequences = resolve_micro_sequences(
+        sequences, b.sequence_tokens, spec_.elasticity.workers_min, spec_.elasticity.workers_max);
   if (sequences % b.micro_sequences != 0)
     return report(
         place_of({"batch.micro"}), "E121", "batch.micro",

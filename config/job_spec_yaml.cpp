@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "config/job_spec_sections.hpp"
+#include "config/leaves.hpp"
 #include "config/limits.hpp"
 #include "config/units.hpp"
 #include "config/yaml_tree.hpp"
@@ -121,7 +122,7 @@ std::vector<spec_problem> with_places(std::vector<yaml_problem> found, std::stri
 }  // namespace
 
 std::int64_t resolve_micro_sequences(std::int64_t global_sequences, std::int64_t sequence_tokens,
-                                     int workers_max) {
+                                     int workers_min, int workers_max) {
   const std::int64_t microbatches_min = std::max<std::int64_t>(4, std::int64_t{2} * workers_max);
   std::int64_t best = 1;
   for (std::int64_t micro = 2; micro <= global_sequences; micro *= 2) {
@@ -130,6 +131,8 @@ std::int64_t resolve_micro_sequences(std::int64_t global_sequences, std::int64_t
       break;  // none of the three gets better with a larger micro
     best = micro;
   }
+  for (std::int64_t micro = best; micro >= 1; micro /= 2)
+    if (are_leaves_balanced(global_sequences / micro, workers_min, workers_max)) return micro;
   return best;
 }
 

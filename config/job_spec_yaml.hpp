@@ -66,8 +66,10 @@ std::string write_job_spec_yaml(const job_spec& spec);
 std::string starter_job_yaml(const preset& p);
 
 /// `micro: auto`: the largest power of two that divides global_sequences with at most 4,096 tokens
-/// per microbatch and at least max(4, 2 * workers_max) microbatches per step; 1 where none does.
+/// per microbatch and at least max(4, 2 * workers_max) microbatches per step; 1 where none does. If
+/// some smaller power of two makes `leaves: auto` balanced from workers_min to workers_max (its
+/// leaves are whole microbatches), the largest of those.
 std::int64_t resolve_micro_sequences(std::int64_t global_sequences, std::int64_t sequence_tokens,
-                                     int workers_max);
+                                     int workers_min, int workers_max);
 
 }  // namespace stagecoach

@@ -32,6 +32,14 @@ std::int64_t resolve_leaf_count(std::int64_t microbatch_count, int workers_min, 
   return largest;
 }
 
+bool are_leaves_balanced(std::int64_t microbatch_count, int workers_min, int workers_max) {
+  const std::int64_t leaves = resolve_leaf_count(microbatch_count, workers_min, workers_max);
+  const std::int64_t fewest = std::max(workers_min, 1);
+  for (std::int64_t n = fewest; n <= std::max<std::int64_t>(workers_max, fewest); ++n)
+    if (leaves < n || !is_balanced(leaves, n)) return false;
+  return true;
+}
+
 double leaf_balance(std::int64_t leaf_count, int replicas) {
   const std::int64_t leaves = std::max<std::int64_t>(leaf_count, 1);
   const std::int64_t n = std::max(replicas, 1);

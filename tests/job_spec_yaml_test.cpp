@@ -385,12 +385,26 @@ TEST_CASE("checkpoints go by steps, by time or by both") {
 }
 
 TEST_CASE("micro auto leaves microbatches for the largest worker count") {
-  CHECK(resolve_micro_sequences(512, 1024, 8) == 4);
-  CHECK(resolve_micro_sequences(32, 64, 1) == 8);
-  CHECK(resolve_micro_sequences(32, 64, 8) == 2);
-  CHECK(resolve_micro_sequences(12, 64, 1) == 2);
-  CHECK(resolve_micro_sequences(7, 64, 1) == 1);
-  CHECK(resolve_micro_sequences(512, 8192, 1) == 1);
+  CHECK(resolve_micro_sequences(512, 1024, 8, 8) == 4);
+  CHECK(resolve_micro_sequences(32, 64, 1, 1) == 8);
+  CHECK(resolve_micro_sequences(32, 64, 1, 8) == 2);
+  CHECK(resolve_micro_sequences(12, 64, 1, 1) == 2);
+  CHECK(resolve_micro_sequences(7, 64, 1, 1) == 1);
+  CHECK(resolve_micro_sequences(512, 8192, 1, 1) == 1);
+}
+
+TEST_CASE("micro auto takes smaller microbatches where that balances the leaves") {
+  // Two microbatches a worker are 16: at 3, 5, 6 and 7 replicas that falls below 0.90; 64 don't.
+  CHECK(resolve_micro_sequences(64, 64, 1, 8) == 1);
+  CHECK(resolve_micro_sequences(128, 64, 1, 8) == 2);
+  CHECK(resolve_micro_sequences(64, 64, 8, 8) == 4);  // 8 replicas alone are even as it is
+  for (const int most : {2, 3, 4, 6, 8, 12, 16})
+    for (int least = 1; least <= most; ++least) {
+      const auto micro = resolve_micro_sequences(256, 64, least, most);
+      CAPTURE(least);
+      CAPTURE(most);
+      CHECK(are_leaves_balanced(256 / micro, least, most));
+    }
 }
 
 TEST_CASE("what YAML would let through is refused with its line") {

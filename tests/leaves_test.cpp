@@ -42,6 +42,25 @@ TEST_CASE("leaves: auto keeps its promise over a range of jobs") {
     }
 }
 
+TEST_CASE("leaves: auto is balanced at every worker count, given enough microbatches") {
+  for (int most = 1; most <= 16; ++most)
+    for (int least = 1; least <= most; ++least) {
+      CAPTURE(least);
+      CAPTURE(most);
+      CHECK(are_leaves_balanced(128, least, most));
+      const std::int64_t leaves = resolve_leaf_count(128, least, most);
+      for (int n = least; n <= most; ++n) CHECK(leaf_balance(leaves, n) >= 0.9 - 1e-12);
+    }
+  // By hand: 64 leaves at 1..8 replicas are 0.914 or more (7: 64/70), 32 are 0.889 at 6 (32/36).
+  CHECK(resolve_leaf_count(1 << 20, 1, 8) == 64);
+  CHECK(are_leaves_balanced(64, 1, 8));
+  CHECK_FALSE(are_leaves_balanced(32, 1, 8));
+  // 64 leaves are 0.985 at 13 (64/65) and 0.853 at 15 (64/75); 128 are 0.948 there.
+  CHECK(resolve_leaf_count(1 << 20, 1, 16) == 128);
+  CHECK_FALSE(are_leaves_balanced(64, 1, 16));
+  CHECK_FALSE(are_leaves_balanced(96, 1, 8));  // of 96 only 32 is a power of two
+}
+
 TEST_CASE("leaves: numbers from a broken file do not trap") {
   CHECK(resolve_leaf_count(0, 0, 0) == 1);
   CHECK(resolve_leaf_count(-4, 5, 1) == 1);

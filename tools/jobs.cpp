@@ -108,6 +108,25 @@ json plan_json(const job_spec& spec) {
   return out;
 }
 
+/// Leaves are whole microbatches, so a step with few of them can't be dealt out evenly.
+void print_balance_gap(const job_spec& spec, const json& plan) {
+  std::string at;
+  for (const auto& l : plan["layouts"])
+    if (number(l, "leaf_balance", 1) < 0.9)
+      at += (at.empty() ? "" : ", ") + std::to_string(l["workers"].get<int>());
+  if (at.empty()) return;
+  const elasticity_spec& e = spec.elasticity;
+  const auto wanted = resolve_leaf_count(std::int64_t{1} << 40, e.workers_min, e.workers_max);
+  const std::string fix =
+      spec.batch.microbatch_count() % wanted == 0
+          ? fmt::format("batch.leaves: {}, or auto", wanted)
+          : fmt::format(
+                "{} microbatches a step or a multiple (it has {}): a larger batch.global, or "
+                "a smaller batch.micro",
+                wanted, spec.batch.microbatch_count());
+  std::printf("balance     below 90%% at %s workers. fix: %s\n", at.c_str(), fix.c_str());
+}
+
 exit_code run_plan(const global_flags& flags, const job_flags& own) {
   exit_code code = exit_code::success;
   auto job = load_job_file(flags, own.file, own.overrides, code);
@@ -153,6 +172,7 @@ exit_code run_plan(const global_flags& flags, const job_flags& own) {
         format_bytes(m["buffers"].get<double>()).c_str(),
         format_bytes(m["copies"].get<double>()).c_str());
   }
+  print_balance_gap(s, plan);
   std::printf("submit it:  stagecoach submit %s\n", own.file.c_str());
   return code;
 }
