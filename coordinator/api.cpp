@@ -22,6 +22,7 @@ namespace {
 
 constexpr std::string_view prefix = "/api/v1/";
 constexpr std::size_t rows_max = 10'000;  // events or lines in one answer
+constexpr int priority_max = 1'000'000;   // as in a job file
 
 std::string text_of(const json& j) {
   return j.dump(-1, ' ', false, json::error_handler_t::replace) + "\n";
@@ -112,6 +113,7 @@ json job_row(const job_facts& f) {
   j["eta_s"] = eta(f);
   j["reason"] = v.reason;
   j["priority"] = v.priority;
+  j["queue"] = v.queue == 0 ? json(nullptr) : json(v.queue);
   j["submitted_unix_ms"] = v.submitted_unix_ms;
   j["finished_unix_ms"] = v.ended_unix_ms == 0 ? json(nullptr) : json(v.ended_unix_ms);
   j["weights_hash"] = v.has_saved ? v.saved_hash : std::string();
@@ -368,6 +370,17 @@ result<bool> flag_field(const json& body, const char* name, bool otherwise) {
   return found->get<bool>();
 }
 
+result<int> priority_field(const json& body) {
+  const auto found = body.find("priority");
+  if (found == body.end() || !found->is_number_integer() || *found < -priority_max ||
+      *found > priority_max)
+    return make_error(errc::bad_input,
+                      "\"priority\": expected a whole number from {} to {}, larger first. fix: "
+                      "{{\"priority\": 5}}",
+                      -priority_max, priority_max);
+  return found->get<int>();
+}
+
 result<submission_request> submission_of(const json& body) {
   submission_request request;
   auto yaml = text_field(body, "yaml", {});
@@ -410,6 +423,14 @@ api_outcome route_job(const http_request& r, const api_state& s, job_id id,
   if (path.size() == 2)
     return is_get ? json_answer(200, job_json(s, job())) : wrong_method(r, "GET");
   const auto& what = path[2];
+  if (path.size() == 3 && what == "priority") {
+    if (r.method != "POST") return wrong_method(r, "POST");
+    auto body = body_of(r);
+    if (!body) return error_answer(body.err());
+    auto priority = priority_field(*body);
+    if (!priority) return error_answer(priority.err());
+    return api_event{events::set_priority{id, *priority, {}}};
+  }
   if (path.size() == 3 &&
       (what == "pause" || what == "resume" || what == "cancel" || what == "save")) {
     if (r.method != "POST") return wrong_method(r, "POST");

@@ -39,8 +39,9 @@ std::string to_string(job_id id) { return fmt::format("j-{:06}", value(id)); }
 std::string to_string(worker_id id) { return fmt::format("w-{:06}", value(id)); }
 
 cluster_machine::cluster_machine(restored_records restored, std::string checkpoint_root,
-                                 detection rules)
+                                 detection rules, fairness shares)
     : rules_(rules),
+      shares_(shares),
       checkpoint_root_(std::move(checkpoint_root)),
       meta_(restored.meta),
       next_event_(restored.next_cluster_event),
@@ -346,6 +347,10 @@ void cluster_machine::on(const events::undrain_worker& e) {
   is_place_due_ = true;
 }
 
+void cluster_machine::on(const events::set_priority& e) {
+  ask_job(e.job, e.reply, job_events::set_priority{e.priority, e.reply});
+}
+
 void cluster_machine::on(const checkpoint_found& e) {
   if (jobs_.count(e.job) != 0) tell(e.job, e);
 }
@@ -377,65 +382,6 @@ std::string cluster_machine::unsuited(const worker& w, const job_machine& job) c
   std::string why;
   (void)job.accepts(facts_of(w), &why);
   return why;
-}
-
-std::vector<worker_id> cluster_machine::suitable(const job_machine& job) const {
-  std::map<std::string, std::vector<worker_id>> by_class;
-  for (const auto& [id, w] : workers_) {
-    if (is_free(w) && unsuited(w, job).empty()) by_class[w.greeting.device_class].push_back(id);
-  }
-  // All workers of a job must compute the same bits. The first generation decides which class: the
-  // one with the most free workers, ties to the one of the oldest worker.
-  std::vector<worker_id> best;
-  for (auto& [name, ids] : by_class) {
-    const bool is_better = ids.size() > best.size() || (ids.size() == best.size() && ids < best);
-    if (is_better) best = std::move(ids);
-  }
-  return best;
-}
-
-void cluster_machine::place() {
-  is_place_due_ = false;
-  std::vector<job_id> queue;
-  for (const auto& [id, job] : jobs_) {
-    if (!is_end(job.record().state) && job.record().state != job_state::paused) queue.push_back(id);
-  }
-  std::stable_sort(queue.begin(), queue.end(), [this](job_id a, job_id b) {
-    return jobs_.at(a).record().spec.priority > jobs_.at(b).record().spec.priority;
-  });
-  const auto give = [this](job_id id, const std::vector<worker_id>& free, int most) {
-    job_events::workers_given given;
-    for (const worker_id w : free) {
-      if (static_cast<int>(given.workers.size()) == most) break;
-      workers_.at(w).job = id;
-      given.workers.push_back(facts_of(workers_.at(w)));
-    }
-    tell(id, given);
-  };
-  // First those that can't go on without workers. A job that does not fit is passed over: what it
-  // can't use serves a later one (backfill).
-  std::set<worker_id> awaited;
-  for (const job_id id : queue) {
-    const job_machine& job = jobs_.at(id);
-    if (job.wish(limits::worker_count_max).most == 0) continue;
-    const std::vector<worker_id> free = suitable(job);
-    const worker_wish wish = job.wish(static_cast<int>(free.size()));
-    if (wish.is_growth) continue;
-    if (wish.most == 0 || static_cast<int>(free.size()) < std::max(1, wish.least)) {
-      awaited.insert(free.begin(), free.end());
-      continue;
-    }
-    give(id, free, wish.most);
-  }
-  // Then growth, from what nobody waits for.
-  for (const job_id id : queue) {
-    if (job_machine& job = jobs_.at(id); job.wish(limits::worker_count_max).is_growth) {
-      std::vector<worker_id> free = suitable(job);
-      std::erase_if(free, [&awaited](worker_id w) { return awaited.count(w) != 0; });
-      const worker_wish wish = job.wish(static_cast<int>(free.size()));
-      if (wish.is_growth && !free.empty()) give(id, free, wish.most);
-    }
-  }
 }
 
 // ---- between jobs and the shell ----
@@ -514,14 +460,19 @@ void cluster_machine::reply(reply_id to, result<actions::reply_value> outcome) {
 // ---- views ----
 std::vector<job_view> cluster_machine::job_views() const {
   std::vector<job_view> views;
-  for (const auto& [id, job] : jobs_) views.push_back(job.view());
+  for (const auto& [id, job] : jobs_) {
+    views.push_back(job.view());
+    fill_queue_view(views.back());
+  }
   return views;
 }
 
 std::optional<job_view> cluster_machine::job(job_id id) const {
   const auto found = jobs_.find(id);
   if (found == jobs_.end()) return std::nullopt;
-  return found->second.view();
+  job_view v = found->second.view();
+  fill_queue_view(v);
+  return v;
 }
 
 std::optional<job_id> cluster_machine::find_job(const std::string& text) const {
@@ -576,13 +527,14 @@ std::string cluster_machine::why(job_id id) const {
   const auto found = jobs_.find(id);
   if (found == jobs_.end()) return {};
   const job_machine& job = found->second;
-  const job_view v = job.view();
+  job_view v = job.view();
+  v.queue = positions_.count(id) != 0 ? positions_.at(id) : 0;
   std::string text = fmt::format("{}{}", v.state, v.reason.empty() ? "" : ": " + v.reason);
   if (job.state() != job_state::pending && job.state() != job_state::recovering) {
     if (v.recovery_count > 0) text += fmt::format("\n  recovered {} times", v.recovery_count);
     return text;
   }
-  int attached = 0, free = 0, ahead = 0;
+  int attached = 0, free = 0;
   std::string others;
   for (const auto& [worker, w] : workers_) {
     if (w.connection == connection_id{}) continue;
@@ -596,19 +548,17 @@ std::string cluster_machine::why(job_id id) const {
                       w.record.drain_reason.empty() ? "" : " (" + w.record.drain_reason + ")");
     }
   }
-  for (const auto& [other, machine] : jobs_) {
-    const bool is_waiting = machine.state() == job_state::pending && other != id;
-    const int priority = machine.record().spec.priority;
-    if (is_waiting && (priority > v.priority || (priority == v.priority && other < id))) ++ahead;
-  }
   const int missing = std::max(0, v.workers_min - v.workers - free);
   text += fmt::format(
       "\n  needs   {} workers to start; {} are attached, {} of them are free and suit it",
       v.workers_min, attached, free);
   if (missing > 0) text += fmt::format("\n  next    attach {} more", missing);
-  if (ahead > 0) {
-    text += fmt::format("\n  queue   {} before it; it may start earlier if it fits and they do not",
-                        ahead);
+  if (v.queue > 0) {
+    text +=
+        fmt::format("\n  queue   place {} of {}, {}", v.queue, positions_.size(), described(job));
+  }
+  if (const auto waits = waits_.find(id); waits != waits_.end()) {
+    text += fmt::format("\n  waits   {}", waits->second);
   }
   for (const auto& [other, machine] : jobs_) {
     const auto busy = machine.workers().size();

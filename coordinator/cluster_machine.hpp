@@ -6,9 +6,12 @@
 // makes its time exact). A request to store something (submit, drain, pause, ...) is answered after
 // it is durable.
 //
-// Queue: by priority, then age. A job starts with all of its minimum or not at all. A later job may
-// start while the first does not fit (backfill); a running job grows only when nobody waits for its
-// workers.
+// Queue (cluster_compete.cpp): by rank, then age. Rank is priority, and a level more for each
+// fairness::age_step that the job is owed: what it has waited, less what it has run since. A job
+// starts with all of its minimum or not at all. One that does not fit takes from jobs below it, and
+// only if it fits then: first their workers beyond their minimum, then all of theirs. What it can't
+// have yet is kept for it; until it can, only jobs that would give the workers back start on them.
+// A running job grows only when nobody waits for the workers.
 #pragma once
 
 #include <cstdint>
@@ -73,13 +76,27 @@ struct undrain_worker {
   std::string name;
   reply_id reply{};
 };
+struct set_priority {
+  job_id job{};
+  int priority = 0;
+  reply_id reply{};
+};
 }  // namespace events
+
+/// How jobs share workers. Milliseconds.
+struct fairness {
+  // A job that was just placed has paid for its start: loading, and a checkpoint if it is taken out
+  // again. Half a minute makes that a small part of what it runs.
+  std::int64_t runtime_min = 30'000;
+  // Slow enough that priorities mean something, fast enough that a person sees it happen.
+  std::int64_t age_step = 600'000;
+};
 
 using event =
     std::variant<events::worker_attached, events::worker_detached, events::worker_said,
                  events::tick, events::submit_job, events::cancel_job, events::pause_job,
                  events::resume_job, events::save_now, events::drain_worker, events::undrain_worker,
-                 checkpoint_found, manifest_written, checkpoints_retired>;
+                 events::set_priority, checkpoint_found, manifest_written, checkpoints_retired>;
 
 // ---- views ----
 struct worker_view {
@@ -104,7 +121,7 @@ class cluster_machine {
   /// carried out before anything else.
   /// checkpoint_root: a job without checkpoint.store gets checkpoint_root/<job id>.
   explicit cluster_machine(restored_records restored, std::string checkpoint_root = {},
-                           detection rules = {});
+                           detection rules = {}, fairness shares = {});
   [[nodiscard]] std::vector<action> start();
   [[nodiscard]] std::vector<action> step(const event& e);
 
@@ -148,11 +165,48 @@ class cluster_machine {
   void on(const events::save_now& e);
   void on(const events::drain_worker& e);
   void on(const events::undrain_worker& e);
+  void on(const events::set_priority& e);
   void on(const checkpoint_found& e);
   void on(const manifest_written& e);
   void on(const checkpoints_retired& e);
 
+  // Placement (cluster_compete.cpp).
+  enum class hold_kind {
+    for_start,  // on its way, or soon to be taken: nobody else starts here
+    for_later,  // who starts here gives it back when it is wanted
+  };
+  struct claim {
+    job_id by{};
+    int priority = 0;
+    hold_kind kind = hold_kind::for_later;
+  };
+  struct pool {  // of one device class
+    std::vector<worker_id> free, coming;
+  };
+  struct victim {
+    job_id job{};
+    int count = 0;              // workers that are of use
+    bool is_suspended = false;  // else shrunk by count
+    std::vector<worker_id> workers;
+  };
   void place();
+  void start_or_claim(job_id id);
+  void start_waiting_jobs();
+  void replace_lost(job_id id);
+  void grow(job_id id);
+  void give(job_id id, const std::vector<worker_id>& workers);
+  void claim_for(job_id id, const std::vector<worker_id>& workers, hold_kind kind);
+  bool is_claimed_against(worker_id w, const job_machine& job) const;
+  std::map<std::string, pool> pools(const job_machine& job) const;
+  std::vector<worker_id> largest_pool(const job_machine& job) const;
+  std::vector<victim> jobs_below(job_id id, const std::string& device_class, bool only_ready) const;
+  std::vector<victim> choose_victims(job_id id, const std::string& device_class, int missing,
+                                     bool only_ready) const;
+  void preempt(job_id id, const std::vector<victim>& victims);
+  int reachable(const job_machine& job, const std::string& device_class) const;
+  std::vector<job_id> queue() const;
+  std::int64_t rank(const job_machine& job) const;
+  std::string described(const job_machine& job) const;
   void attach(connection_id connection, const hello& greeting);
   void refuse(connection_id connection, const std::string& why, bool is_final);
   void stop_stale(worker& w, std::uint64_t job, const std::string& why);
@@ -166,7 +220,7 @@ class cluster_machine {
   bool is_free(const worker& w) const;
   /// Words why not, empty if it suits.
   std::string unsuited(const worker& w, const job_machine& job) const;
-  std::vector<worker_id> suitable(const job_machine& job) const;
+  void fill_queue_view(job_view& v) const;
   worker* by_connection(connection_id connection);
   worker* by_name(const std::string& name);
   worker_facts facts_of(const worker& w) const;
@@ -176,6 +230,12 @@ class cluster_machine {
   void reply(reply_id id, result<actions::reply_value> outcome);
 
   detection rules_;
+  fairness shares_;
+  // As of the newest placement; who waits for what.
+  std::map<worker_id, claim> claims_;
+  std::map<job_id, std::vector<worker_id>> starts_;  // being put together in this placement
+  std::map<job_id, std::string> waits_;
+  std::map<job_id, int> positions_;
   std::string checkpoint_root_;
   meta_record meta_;
   std::map<worker_id, worker> workers_;
@@ -203,8 +263,8 @@ STAGECOACH_FIELDS(member_view, v("worker", m.worker), v("name", m.name), v("host
                   v("stage", m.stage), v("replica", m.replica), v("state", m.state),
                   v("step", m.step))
 STAGECOACH_FIELDS(job_view, v("id", m.id), v("name", m.name), v("state", m.state),
-                  v("reason", m.reason), v("priority", m.priority), v("step", m.step),
-                  v("stop_steps", m.stop_steps), v("generation", m.generation),
+                  v("reason", m.reason), v("priority", m.priority), v("queue", m.queue),
+                  v("step", m.step), v("stop_steps", m.stop_steps), v("generation", m.generation),
                   v("plan_hash", m.plan_hash), v("phase", m.phase), v("stages", m.stages),
                   v("replicas", m.replicas), v("schedule", m.schedule), v("unit_cuts", m.unit_cuts),
                   v("leaf_cuts", m.leaf_cuts), v("workers", m.workers),

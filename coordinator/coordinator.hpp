@@ -13,7 +13,7 @@
 
 #include "config/result.hpp"
 #include "config/tls.hpp"
-#include "coordinator/job_machine.hpp"
+#include "coordinator/cluster_machine.hpp"
 
 namespace stagecoach {
 
@@ -26,6 +26,7 @@ struct coordinator_options {
   bool insecure = false;   // allows a plain port on other than loopback
   bool fsync = true;       // false: nothing is synced; for tests only
   detection rules;
+  fairness shares;
 };
 
 class coordinator {

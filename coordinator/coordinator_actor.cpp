@@ -518,7 +518,7 @@ class whole_coordinator final : public coordinator {
     opened.rows.shrink_to_fit();
     restored.problems.insert(restored.problems.end(), store_notes_.begin(), store_notes_.end());
     // No root: where a job's checkpoints lie is state_paths' word, so that the folder may move.
-    cluster_machine machine(std::move(restored), {}, o.rules);
+    cluster_machine machine(std::move(restored), {}, o.rules, o.shares);
     incarnation_ = machine.incarnation();
 
     auto state =

@@ -93,6 +93,8 @@ void job_machine::start_preparing(const std::string& reason) {
   hold_reason_.clear();
   orders_.clear();
   has_save_failed_ = false;
+  drop_yield();  // who waits asks again once this job runs
+  if (is_after_loss_) is_shrunk_ = false;
   for (auto& [worker, m] : members_) {
     m.loaded.reset();
     m.is_held = m.is_finished = m.is_astray = false;
@@ -249,6 +251,7 @@ void job_machine::commit_generation(const choice& c) {
   plan_hash_ = plan_hash(p);
   record_.generation = number_;
   record_.state = job_state::running;
+  record_.waits_since_unix_ms = 0;
   record_.reason.clear();
   record_.step = c.step;
   if (record_.device_class.empty()) {
@@ -388,6 +391,8 @@ void job_machine::consider_running() {
   }
   for (const member* m : ranks) send(m->facts.id, run_stage{value(id()), number_});
   enter(phase::running);
+  if (running_since_ms_ < 0) running_since_ms_ = now_ms_;
+  is_shrunk_ = false;
   final_saved_ms_ = -1;
   note("generation_started",
        fmt::format("generation {} runs from step {}", number_, generation_->step),
@@ -441,6 +446,7 @@ void job_machine::consider_adoption() {
   number_ = number_of_plan();
   if (up_count == 0) return enter(phase::loading);
   enter(phase::running);
+  running_since_ms_ = now_ms_;
   for (member* m : ranks) {
     m->is_finished = m->phase == worker_phase::finished;
     if (m->phase == worker_phase::ready) send(m->facts.id, run_stage{value(id()), number_});

@@ -53,7 +53,7 @@ std::vector<action> job_machine::step(const job_event& e) {
 
 // ---- events ----
 void job_machine::on(const job_events::submitted& e) {
-  record_.submitted_unix_ms = e.unix_ms;
+  record_.submitted_unix_ms = record_.waits_since_unix_ms = e.unix_ms;
   unix_ms_ = e.unix_ms;
   save_record();
   note("job_submitted",
@@ -194,12 +194,16 @@ void job_machine::on(const job_events::worker_draining& e) {
 }
 
 void job_machine::on(const job_events::tick& e) {
+  count_waiting(has_ticked_ ? e.now_ms - now_ms_ : 0);
   now_ms_ = e.now_ms;
   unix_ms_ = e.unix_ms;
   if (!has_ticked_) {
     has_ticked_ = true;
     phase_since_ms_ = now_ms_;  // a restored machine starts its clocks here
     for (auto& [id, m] : members_) m.heard_ms = now_ms_;
+    if (is_waiting() && record_.waits_since_unix_ms > 0) {
+      owed_ms_ = std::max<std::int64_t>(0, unix_ms_ - record_.waits_since_unix_ms);
+    }
     if (record_.state == job_state::pending && record_.is_pause_wanted) {
       leave_workers(job_state::paused, "paused");
     }
@@ -234,6 +238,7 @@ void job_machine::on(const job_events::resume& e) {
   if (record_.state == job_state::paused) {
     record_.state = job_state::pending;
     record_.reason.clear();
+    record_.waits_since_unix_ms = unix_ms_;
     step_max_ = ~0ull;
     fruitless_count_ = 0;
     failure_ms_.clear();
@@ -491,6 +496,8 @@ void job_machine::end(job_state state, const std::string& reason) {
   record_.reason = state == job_state::completed ? "" : reason;
   record_.is_pause_wanted = record_.is_cancel_wanted = false;
   record_.ended_unix_ms = unix_ms_;
+  record_.waits_since_unix_ms = 0;
+  drop_yield();
   record_.step = std::max(record_.step, reported_step_);
   enter(phase::none);
   waits_for_.clear();
@@ -510,6 +517,9 @@ void job_machine::leave_workers(job_state state, const std::string& reason) {
   record_.reason = reason;
   record_.is_pause_wanted = false;
   record_.step = std::max(record_.step, reported_step_);
+  record_.waits_since_unix_ms = state == job_state::pending ? unix_ms_ : 0;
+  running_since_ms_ = -1;
+  drop_yield();
   enter(phase::none);
   sought_.clear();
   short_since_ms_ = -1;
@@ -568,8 +578,9 @@ int job_machine::workers_most() const {
 }
 
 int job_machine::staying_count() const {
-  return static_cast<int>(std::count_if(members_.begin(), members_.end(),
-                                        [](const auto& m) { return !m.second.is_draining; }));
+  return static_cast<int>(std::count_if(members_.begin(), members_.end(), [](const auto& m) {
+    return !m.second.is_draining && !m.second.is_leaving;
+  }));
 }
 
 std::optional<std::uint64_t> job_machine::newest_saved() const {
@@ -655,12 +666,16 @@ worker_wish job_machine::wish(int free_suitable) const {
     case phase::preparing:
     case phase::finding: {
       // shrink: goes on with the survivors where they are enough; it may grow later.
-      const bool shrinks = record_.spec.elasticity.on_loss == "shrink" && is_after_loss_ &&
-                           staying_count() >= workers_least();
+      const bool is_smaller =
+          is_shrunk_ || (record_.spec.elasticity.on_loss == "shrink" && is_after_loss_);
+      const bool shrinks = is_smaller && staying_count() >= workers_least();
       return shrinks ? worker_wish{} : worker_wish{std::min(1, missing), missing, false};
     }
     case phase::running: {
-      if (finished_ms_ >= 0 || record_.is_pause_wanted || record_.is_cancel_wanted) return {};
+      if (finished_ms_ >= 0 || record_.is_pause_wanted || record_.is_cancel_wanted ||
+          !yielding().empty()) {
+        return {};
+      }
       const int grown = grown_count(std::min(missing, free_suitable));
       const bool replaces = staying_count() < planned_count();  // someone is draining
       if (grown <= staying_count() || (grown <= planned_count() && !replaces)) return {};
@@ -711,7 +726,7 @@ job_view job_machine::view() const {
   v.name = record_.spec.name;
   v.state = to_string(state());
   v.reason = !record_.reason.empty() ? record_.reason : waits_for_;
-  v.priority = record_.spec.priority;
+  v.priority = priority();
   v.step = std::max(reported_step_, newest_saved().value_or(0));
   v.stop_steps = stop_step();
   v.phase = phase_name();
@@ -762,6 +777,7 @@ job_view job_machine::view() const {
     }
     x.state = !m.is_connected                                          ? "disconnected"
               : m.is_draining                                          ? "draining"
+              : m.is_leaving                                           ? "leaving"
               : m.rank < 0                                             ? "joining"
               : m.is_finished                                          ? "finished"
               : m.is_held                                              ? "held"

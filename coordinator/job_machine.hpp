@@ -17,6 +17,7 @@
 //   preparing(n + 1)
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -130,6 +131,20 @@ struct cancel {
 struct save_now {
   reply_id reply{};
 };
+struct set_priority {
+  int priority = 0;
+  reply_id reply{};
+};
+// From cluster_machine, for a job that waits. They act at a step boundary; nothing is redone.
+struct give_back {
+  int count = 0;
+  std::set<worker_id> useful;  // the waiting job can use these and no others
+  std::string to;              // words: who waits, with which priority
+};
+struct suspend {  // all workers, after a checkpoint; then pending again
+  std::string to;
+};
+struct keep_workers {};  // who waited does not any more
 }  // namespace job_events
 
 /// A usable checkpoint, verified by the shell.
@@ -161,8 +176,9 @@ using job_event =
     std::variant<job_events::submitted, job_events::workers_given, job_events::worker_connected,
                  job_events::worker_disconnected, job_events::worker_gone, job_events::worker_said,
                  job_events::worker_draining, job_events::tick, job_events::pause,
-                 job_events::resume, job_events::cancel, job_events::save_now, checkpoint_found,
-                 manifest_written, checkpoints_retired>;
+                 job_events::resume, job_events::cancel, job_events::save_now,
+                 job_events::set_priority, job_events::give_back, job_events::suspend,
+                 job_events::keep_workers, checkpoint_found, manifest_written, checkpoints_retired>;
 
 // ---- actions ----
 namespace actions {
@@ -275,6 +291,8 @@ struct job_view {
   job_id id{};
   std::string name, state, reason;
   int priority = 0;
+  int queue =
+      0;  // place among those that wait, from 1; 0: it does not wait. Set by cluster_machine
   std::uint64_t step = 0, stop_steps = 0, generation = 0, plan_hash = 0;
   std::string phase;  // "running", "preparing", ...
   int stages = 0, replicas = 0;
@@ -326,6 +344,25 @@ class job_machine {
   /// "preparing", "loading", ...; what is not in the state.
   const char* phase_name() const;
 
+  // ---- among other jobs (job_compete.cpp) ----
+  int priority() const { return record_.priority.value_or(record_.spec.priority); }
+  /// Waits for its first workers, or for all of them again.
+  bool is_waiting() const { return phase_ == phase::none && record_.state == job_state::pending; }
+  /// How long it has waited, less how long it has run since: what it is owed.
+  std::int64_t owed_ms() const { return owed_ms_; }
+  /// Since it last began to run after it waited; 0: it does not run.
+  std::int64_t ran_ms() const { return running_since_ms_ < 0 ? 0 : now_ms_ - running_since_ms_; }
+  /// Has lost workers and can't run with those it has left.
+  bool is_short() const { return phase_ == phase::preparing && short_since_ms_ >= 0; }
+  /// Workers beyond its minimum.
+  int surplus() const;
+  /// It could act on give_back or suspend now.
+  bool can_yield() const;
+  /// Workers on their way back; with all of them if it is being suspended.
+  std::vector<worker_id> yielding() const;
+  /// Workers of its newest plan that it has lost.
+  int missing_count() const { return std::max(0, planned_count() - staying_count()); }
+
  private:
   enum class phase { none, adopting, backing_off, preparing, finding, loading, running, holding };
 
@@ -339,6 +376,7 @@ class job_machine {
     std::int64_t asked_ms = 0;  // prepare was sent, or would have been if it were connected
     int rank = -1;              // in the newest committed plan; -1: not in it
     bool is_draining = false;
+    bool is_leaving = false;  // given back to a job that waits
     worker_phase phase = worker_phase::idle;
     std::uint64_t step = 0;
     std::optional<prepared> answer;  // to the prepare of number_
@@ -387,6 +425,10 @@ class job_machine {
   void on(const job_events::resume& e);
   void on(const job_events::cancel& e);
   void on(const job_events::save_now& e);
+  void on(const job_events::set_priority& e);
+  void on(const job_events::give_back& e);
+  void on(const job_events::suspend& e);
+  void on(const job_events::keep_workers& e);
   void on(const checkpoint_found& e);
   void on(const manifest_written& e);
   void on(const checkpoints_retired& e);
@@ -459,6 +501,14 @@ class job_machine {
   int grown_count(int more) const;
   void count_holders(job_view& v) const;
 
+  // Among other jobs.
+  bool is_leaving() const;
+  bool is_leavers_state_elsewhere() const;
+  bool start_yielding();         // true: a hold was ordered
+  void consider_yielded_hold();  // all stand, for "suspend" or "shrink"
+  void drop_yield();
+  void count_waiting(std::int64_t passed_ms);
+
   // Saves and the end.
   void saved(const part_saved& x, worker_id from);
   std::vector<part_saved> whole_save(const std::vector<part_saved>& parts) const;
@@ -486,7 +536,7 @@ class job_machine {
   bool is_committed_or_adopting() const { return is_committed() || phase_ == phase::adopting; }
   int workers_least() const;
   int workers_most() const;
-  int staying_count() const;  // members that are not draining
+  int staying_count() const;  // members that are neither draining nor given back
   int planned_count() const { return generation_ ? generation_->shape.shape.worker_count() : 0; }
   std::uint64_t number_of_plan() const { return generation_ ? generation_->shape.generation : 0; }
   std::optional<std::uint64_t> newest_saved() const;
@@ -549,6 +599,13 @@ class job_machine {
   std::optional<open_case> case_;  // one of them is right; the steps done again tell which
   std::map<std::uint64_t, std::string> weights_hashes_;  // that all voted, of the newest steps
   std::set<worker_id> distrusted_;
+
+  // Among other jobs.
+  std::string suspended_for_;  // words: for whom; empty: it is not to be suspended
+  std::string shrunk_for_;     // words: for whom members leave
+  bool is_shrunk_ = false;     // the generation being prepared is a smaller one on purpose
+  std::int64_t owed_ms_ = 0;
+  std::int64_t running_since_ms_ = -1;  // -1: it waits
 
   // A hold.
   std::int64_t change_since_ms_ = -1;  // a voluntary change is wanted since; -1: no

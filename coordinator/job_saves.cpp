@@ -27,6 +27,7 @@ void job_machine::consider_change() {
   }
   if (record_.is_cancel_wanted) return start_hold("cancel", {order_kind::save, order_kind::stop});
   if (record_.is_pause_wanted) return start_hold("pause", {order_kind::save, order_kind::hold});
+  if (start_yielding()) return;
   if (now_ms_ < no_change_before_ms_) return;
 
   std::vector<worker_id> joiners;
@@ -88,6 +89,7 @@ void job_machine::consider_hold() {
   if (is_last_step) {  // the end overtook the order
     orders_.clear();
     hold_reason_.clear();
+    drop_yield();
     return enter(phase::running);
   }
   if (!std::all_of(ranks.begin(), ranks.end(), [](const member* m) { return m->is_held; })) return;
@@ -118,6 +120,7 @@ void job_machine::consider_hold() {
     return resume_after_hold("the checkpoint could not be saved");
   }
   if (record_.is_pause_wanted) return resume_after_hold("a pause came in between");
+  if (hold_reason_ == "suspend" || hold_reason_ == "shrink") return consider_yielded_hold();
   if (hold_reason_ == "drain") {
     const bool is_wanted =
         std::any_of(ranks.begin(), ranks.end(), [](const member* m) { return m->is_draining; }) &&
@@ -152,6 +155,7 @@ void job_machine::resume_after_hold(const std::string& why) {
   for (member* m : planned()) let_go(*m);
   orders_.clear();
   hold_reason_.clear();
+  drop_yield();
   change_since_ms_ = held_ms_ = -1;
   note("hold_ended", why);
 }

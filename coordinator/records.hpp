@@ -61,7 +61,8 @@ struct job_record {
   job_spec spec;
   std::string spec_text;  // the file as submitted
   job_state state = job_state::pending;
-  std::string reason;  // words: why it failed, paused, waits
+  std::string reason;           // words: why it failed, paused, waits
+  std::optional<int> priority;  // changed since the submission; none: the spec's
   bool is_pause_wanted = false;
   bool is_cancel_wanted = false;
   std::string device_class;      // of its first generation's rank 0; empty: none ran yet
@@ -75,6 +76,7 @@ struct job_record {
   std::int64_t submitted_unix_ms = 0;
   std::int64_t started_unix_ms = 0;
   std::int64_t ended_unix_ms = 0;
+  std::int64_t waits_since_unix_ms = 0;  // 0: it has its workers
 };
 
 struct generation_record {
@@ -161,7 +163,8 @@ STAGECOACH_FIELDS(job_record, v("id", m.id), v("spec", m.spec), v("spec_text", m
                   v("fence", m.fence), v("bad_saves", m.bad_saves),
                   v("recovery_count", m.recovery_count),
                   v("submitted_unix_ms", m.submitted_unix_ms),
-                  v("started_unix_ms", m.started_unix_ms), v("ended_unix_ms", m.ended_unix_ms))
+                  v("started_unix_ms", m.started_unix_ms), v("ended_unix_ms", m.ended_unix_ms),
+                  v("priority", m.priority), v("waits_since_unix_ms", m.waits_since_unix_ms))
 STAGECOACH_FIELDS(generation_record, v("plan", m.shape), v("source", m.source), v("step", m.step),
                   v("chain", m.chain), v("reason", m.reason), v("unix_ms", m.unix_ms))
 STAGECOACH_FIELDS(checkpoint_record, v("job", m.job), v("step", m.step), v("seq", m.seq),

@@ -140,6 +140,9 @@ TEST_CASE("bodies that are no JSON object or have fields of a wrong kind are ref
     CHECK_MESSAGE(f.status("POST", "/api/v1/jobs", body) == 400, body);
   CHECK(f.status("POST", "/api/v1/jobs/one/cancel", "{\"now\": \"yes\"}") == 400);
   CHECK(f.status("POST", "/api/v1/jobs/one/checkpoints/verify", "{\"step\": -1}") == 400);
+  for (const char* body : {"{}", "{\"priority\": \"5\"}", "{\"priority\": 1.5}",
+                           "{\"priority\": 1000001}", "{\"priority\": 99999999999999999999}"})
+    CHECK_MESSAGE(f.status("POST", "/api/v1/jobs/one/priority", body) == 400, body);
   std::string deep(100'000, '[');
   CHECK(f.status("POST", "/api/v1/jobs", deep) == 400);
 }
@@ -153,6 +156,9 @@ TEST_CASE("what changes something becomes an event, what needs the disk a task")
   auto cancel = f.ask("POST", "/api/v1/jobs/j-000001/cancel", "{\"now\": true}");
   REQUIRE(std::holds_alternative<api_event>(cancel));
   CHECK(std::get<events::cancel_job>(std::get<api_event>(cancel).what).now);
+  auto priority = f.ask("POST", "/api/v1/jobs/one/priority", "{\"priority\": -7}");
+  REQUIRE(std::holds_alternative<api_event>(priority));
+  CHECK(std::get<events::set_priority>(std::get<api_event>(priority).what).priority == -7);
   auto drain = f.ask("POST", "/api/v1/workers/w-1/drain", "{\"reason\": \"fan\"}");
   REQUIRE(std::holds_alternative<api_event>(drain));
   CHECK(std::get<events::drain_worker>(std::get<api_event>(drain).what).reason == "fan");

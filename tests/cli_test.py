@@ -25,7 +25,7 @@ ROOT = pathlib.Path(tempfile.mkdtemp(prefix="stagecoach-cli-"))
 FAILURES = []
 CHILDREN = []
 
-COMMANDS = ("coordinator worker up train prove bench plan submit jobs status why logs events metrics pause resume cancel "
+COMMANDS = ("coordinator worker up train prove bench plan submit jobs status why logs events metrics pause resume cancel priority "
             "save wait workers drain undrain checkpoints hash export sample init presets data certs version").split()
 NESTED = [("data", "inspect"), ("data", "tokenize"), ("certs", "init"), ("certs", "make"), ("certs", "show")]
 
@@ -469,6 +469,9 @@ def test_cluster():
     submitted = run("submit", job_file("queued"), "-d", *at)
     expect("submit -d without workers", submitted, 0, "job/queued submitted")
     expect("why says what is missing", run("why", "queued", *at), 0, "worker")
+    expect("a priority is changed while it waits", run("priority", "queued", "7", *at), 0, "priority 7")
+    expect("why shows the place in the queue", run("why", "queued", *at), 0, "place 1 of 1, priority 7")
+    expect("a priority out of range: exit 2", run("priority", "queued", "1000001", *at), 2)
     expect("the same name again: exit 6", run("submit", job_file("queued"), "-d", *at), 6, "queued")
     expect("wait runs out: exit 8", run("wait", "queued", "--timeout", "300ms", *at), 8)
     start("worker", *at, "--name", "hand-1", "--threads", "1", log="hand-1.log")

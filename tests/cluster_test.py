@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The exactness promise with real processes: layouts, kills, restarts, damaged stores; always the same hash.
 
-usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | sharded | restarts | store
+usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | sharded | restarts | store | compete
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
@@ -261,6 +261,44 @@ def group_store():
         same(run(f"store{i}", path, 2, damaged(damage)), steps, f"restart with {words}")
 
 
+def group_compete():
+    """Two jobs on three workers: the lower is shrunk, then suspended, comes back, and both end with their hash."""
+    low_steps, high_steps = 400, 60
+    low, high = job_file("low", low_steps, "1..3"), job_file("high", high_steps, "2")
+    urgent = job_file("urgent", high_steps, "3", explicit(3, 1))
+    cluster = Cluster("compete")
+
+    def submit(path, priority):
+        done = cluster.cli("submit", path, "-d", "-q", "--set", f"priority={priority}")
+        check(done.returncode == 0, f"submit with priority {priority}: {done.stderr}")
+
+    try:
+        cluster.start_coordinator("--preempt-after", "0.5")
+        for _ in range(3):
+            cluster.start_worker()
+        submit(low, 0)
+        cluster.wait("low", lambda v: v["state"] == "RUNNING" and v["workers"] == 3 and v["step"] >= 20)
+        submit(high, 5)
+        shrunk = cluster.wait("low", lambda v: v["state"] == "RUNNING" and v["workers"] == 1, 30, "one worker")
+        check(shrunk["redone_steps"] == 0, "shrunk without a step done again")
+        same(cluster.finish("high"), high_steps, "the higher job")
+        cluster.wait("low", lambda v: v["state"] == "RUNNING" and v["workers"] == 3, 30, "grown again")
+        submit(urgent, 0)
+        waiting = cluster.wait("urgent", lambda v: v["queue"] == 1, 10, "a place in the queue")
+        check(waiting["state"] == "PENDING", "equal priority takes nothing")
+        check(cluster.cli("priority", "urgent", "9").returncode == 0, "a priority is changed while it waits")
+        suspended = cluster.wait("low", lambda v: v["state"] == "PENDING", 30, "PENDING")
+        check("preempted by urgent (priority 9)" in suspended["reason"], f"the reason: {suspended['reason']}")
+        check("preempted by urgent" in cluster.cli("why", "low").stdout, "why says it too")
+        same(cluster.finish("urgent"), high_steps, "the job that took all workers")
+        same(cluster.finish("low"), low_steps, "the job that was shrunk and suspended")
+        kinds = [e["kind"] for e in cluster.call("GET", "/jobs/low/events")["events"]]
+        check(all(kind in kinds for kind in ("shrink_ordered", "preemption_ordered")), f"its events: {kinds}")
+    finally:
+        cluster.close()
+
+
 if __name__ == "__main__":
-    sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "sharded": group_sharded, "restarts": group_restarts,
-                   "store": group_store}))
+    sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "sharded": group_sharded,
+                   "restarts": group_restarts, "store": group_store,
+                   "compete": group_compete}))

@@ -1,4 +1,5 @@
-// Commands about jobs: plan submit jobs status why logs events metrics pause resume cancel wait.
+// Commands about jobs: plan submit jobs status why logs events metrics pause resume cancel
+// priority wait.
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,7 +26,7 @@ struct job_flags {
   bool detach = false, follow = false, all = false, now = false, wait = false, dry_run = false,
        resolved = false;
   double watch = 0;
-  int tail = 0;
+  int tail = 0, priority = 0;
   std::int64_t from = 0, to = 0;
 };
 using shared_flags = std::shared_ptr<job_flags>;
@@ -267,6 +268,7 @@ exit_code run_jobs(const global_flags& flags, const job_flags& own) {
                  {"WORKERS", "workers"},
                  {"ETA", "eta_s"},
                  {"PRIORITY", "priority", true},
+                 {"QUEUE", "queue", true},
                  {"AGE", "submitted_unix_ms", true},
                  {"HASH", "weights_hash", true},
                  {"REASON", "reason"}},
@@ -524,6 +526,17 @@ exit_code run_verb(const global_flags& flags, const job_flags& own, const std::s
   return code;
 }
 
+exit_code run_priority(const global_flags& flags, const job_flags& own) {
+  auto api = flags.client();
+  if (!api) return complain(flags, api.err());
+  auto reply =
+      api->post("/jobs/" + percent_encode(own.job) + "/priority", {{"priority", own.priority}});
+  if (!reply) return complain(flags, reply.err());
+  if (!print_object(flags, *reply) && !flags.quiet)
+    std::printf("job/%s has priority %d\n", own.job.c_str(), own.priority);
+  return exit_code::success;
+}
+
 exit_code run_wait(const global_flags& flags, const job_flags& own) {
   auto api = flags.client();
   if (!api) return complain(flags, api.err());
@@ -678,6 +691,13 @@ void add_job_commands(command_line c) {
     app->callback([c, own, name = std::string(verb)] {
       c.run = [c, own, name] { return run_verb(c.flags, *own, name); };
     });
+  }
+  {
+    auto own = fresh();
+    auto app = add(c, "priority", "change a job's priority, waiting or running; larger first", own,
+                   run_priority, "  stagecoach priority my-job 5\n  stagecoach why my-job");
+    app->add_option("JOB", own->job, "name or id")->required();
+    app->add_option("N", own->priority, "-1000000 to 1000000")->required();
   }
   {
     auto own = fresh();

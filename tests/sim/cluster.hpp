@@ -107,6 +107,15 @@ class cluster {
   void check_nothing_lost(const commit& c);
   void check_manifest(const actions::write_manifest& m);
   void check_state(const toy_trainer& t);
+  // ---- jobs compete ----
+  void change_priority();
+  void check_preemption(const event_record& e);
+  void check_size(const commit& c);
+  /// Something happened that excuses a gang that does not start; its effects last that long.
+  void disturb(us for_us = 0) {
+    ++disturbances_;
+    quiet_since_ = std::max(quiet_since_, now_ + for_us);
+  }
 
   // ---- network ----
   void dial(const process_ptr& p);
@@ -189,6 +198,11 @@ class cluster {
   std::uint64_t next_connection_ = 1, next_process_ = 1;
 
   rates rates_;
+  fairness shares_;
+  std::uint64_t disturbances_ = 0;
+  us quiet_since_ = 0;
+  std::map<std::uint64_t, std::uint64_t> starts_;   // by job: commits so far
+  std::map<std::uint64_t, std::uint64_t> applied_;  // by job: newest step that anyone applied
   us faults_until_ = 0;
   bool are_faults_on_ = true;
   int worker_count_ = 0;

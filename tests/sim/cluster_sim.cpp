@@ -23,20 +23,28 @@ void cluster::set_up(std::uint64_t seed) {
   rates_.drain = rate(0.2);
   rates_.pause = rate(0.1);
   rates_.slow = rate(0.05);
+  // Some histories have no faults: jobs compete for workers, and what was taken from one must have
+  // been of use to another.
+  const bool is_contest = chance(0.2);
+  if (is_contest) rates_ = {};
+  rates_.priority = rate(0.2);
+  shares_.runtime_min = static_cast<std::int64_t>(draw(200, 5'000));
+  shares_.age_step = static_cast<std::int64_t>(draw(5'000, 60'000));
   faults_until_ = delay(10 * second, 60 * second);
   for (int i = 0; i < worker_count_; ++i) {
     in(delay(0, 3 * second), [this, i] { start_process(fmt::format("w{}", i)); });
   }
   start_coordinator();
-  const int jobs = static_cast<int>(draw(1, 3));
+  const int jobs = static_cast<int>(is_contest ? draw(2, 5) : draw(1, 3));
   for (int i = 0; i < jobs; ++i) {
-    in(delay(0, 5 * second), [this, spec = make_spec(i)] {
+    in(delay(0, (is_contest ? 30 : 5) * second), [this, spec = make_spec(i)] {
       // A client tries until it is answered; by name, so a second try is a conflict and not a
       // second job.
       every(0, 300 * ms, [this, spec] {
         for (const auto& [id, known] : specs_) {
           if (known.name == spec.name) return false;
         }
+        disturb();
         if (coordinator_) tell(events::submit_job{spec, "", reply_id{1}});
         return true;
       });
@@ -65,6 +73,10 @@ job_spec cluster::make_spec(int index) {
   s.elasticity.workers_min =
       static_cast<int>(draw(1, static_cast<std::uint64_t>(std::max(1, worker_count_ - 1))));
   s.elasticity.workers_max = s.elasticity.workers_min + static_cast<int>(draw(0, 3));
+  if (chance(0.3)) {  // takes all it can get, and can give nearly all of it back
+    s.elasticity.workers_min = 1;
+    s.elasticity.workers_max = worker_count_;
+  }
   s.elasticity.on_loss = chance(0.7) ? "replace" : chance(0.5) ? "shrink" : "wait";
   s.elasticity.wait_for_min_ms = static_cast<std::int64_t>(draw(2'000, 30'000));
   s.elasticity.max_failures = 100'000;

@@ -9,7 +9,8 @@ void cluster::start_coordinator() {
   std::vector<store_row> rows(rows_.begin(), rows_.end());
   restored_records restored = restore_records(rows);
   for (const std::string& problem : restored.problems) violate("restore: {}", problem);
-  coordinator_ = std::make_unique<cluster_machine>(std::move(restored));
+  coordinator_ =
+      std::make_unique<cluster_machine>(std::move(restored), std::string(), detection{}, shares_);
   say("coordinator starts, incarnation {}", coordinator_->incarnation());
   for (action& a : coordinator_->start()) todo_.push_back(std::move(a));
   every(0, 100 * ms, [this, mine] {
@@ -23,6 +24,7 @@ void cluster::start_coordinator() {
 void cluster::crash_coordinator(const char* why) {
   say("coordinator crashes: {}", why);
   ++result_.coordinator_crashes;
+  disturb(20 * second);
   ++incarnation_;
   coordinator_.reset();
   todo_.clear();
@@ -136,6 +138,7 @@ void cluster::carry_out(action& a) {
     say("   [{}] {}: {}", value(e.job), e.kind, e.text);
     if (e.kind == "divergence") violate("divergence: {}", e.text);
     if (e.kind == "worker_lost") ++result_.lost_workers;
+    check_preemption(e);
   }
 }
 

@@ -5,6 +5,7 @@ namespace stagecoach::sim {
 void cluster::kill(const process_ptr& p) {
   if (!p->is_alive) return;
   say("{} is killed", p->name);
+  disturb(30 * second);
   close_links(p);
   p->is_alive = false;
   p->has_lost_host = chance(0.1);
@@ -41,11 +42,13 @@ void cluster::faults() {
     return;
   }
   constexpr double period = 0.1;
+  if (chance(rates_.priority * period)) change_priority();
   if (auto p = pick(); p && chance(rates_.kill * period)) kill(p);
   if (auto p = pick(); p && !p->is_frozen && chance(rates_.freeze * period)) {
     const us for_us = delay(200 * ms, 15 * second);
     say("{} freezes for {} ms", p->name, for_us / ms);
     p->is_frozen = true;
+    disturb(for_us + 20 * second);
     // Its peers' links notice after a second of silence.
     if (for_us > second && p->trainer.are_links_open) {
       const toy_trainer& t = p->trainer;
@@ -69,6 +72,7 @@ void cluster::faults() {
     });
   }
   if (auto p = pick(); p && p->channel && chance(rates_.cut_control * period)) {
+    disturb(40 * second);
     say("{} loses its control channel", p->name);
     cut(p->channel, delay(ms, chance(0.2) ? 5 * second : 50 * ms),
         delay(ms, chance(0.2) ? 5 * second : 50 * ms));
@@ -77,6 +81,7 @@ void cluster::faults() {
     const int r = static_cast<int>(draw(0, p->trainer.shape.members.size() - 1));
     const process_ptr other = peer_of(p->trainer, r);
     if (r != p->trainer.rank && share_links(p, other)) {
+      disturb(40 * second);
       say("the link between {} and {} breaks", p->name, other->name);
       p->trainer.lost_peers.insert(r);
       other->trainer.lost_peers.insert(p->trainer.rank);
@@ -99,6 +104,7 @@ void cluster::faults() {
     }
   }
   if (auto p = pick(); p && chance(rates_.drain * period)) {
+    disturb(40 * second);
     say("{} is to be drained", p->name);
     tell(events::drain_worker{p->name, "test", reply_id{}});
     in(delay(second, 10 * second), [this, name = p->name] {
@@ -107,6 +113,7 @@ void cluster::faults() {
   }
   if (!specs_.empty() && chance(rates_.pause * period)) {
     const auto job = static_cast<job_id>(draw(1, specs_.size()));
+    disturb(40 * second);
     say("job {} is to pause", value(job));
     tell(events::pause_job{job, reply_id{}});
     in(delay(second, 10 * second), [this, job] { tell(events::resume_job{job, reply_id{}}); });

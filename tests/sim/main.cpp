@@ -70,6 +70,7 @@ int main(int argc, char** argv) {
     sum.saves += x.saves;
     sum.hangs += x.hangs;
     sum.covered_losses += x.covered_losses;
+    sum.preemptions += x.preemptions;
     if (x.safety.empty() && x.liveness.empty()) continue;
     ++bad;
     if (!x.safety.empty()) fmt::print("seed {}: safety: {}\n", s, x.safety);
@@ -80,10 +81,10 @@ int main(int argc, char** argv) {
   fmt::print(
       "{} seeds from {}: {} events, {} steps, {} generations, {} lost workers, {} coordinator "
       "crashes, {} live loads, {} roll-forwards, {} loads from checkpoints, {} losses with copies, "
-      "{} saves, {} hangs; {} bad; "
+      "{} saves, {} hangs, {} preemptions; {} bad; "
       "{:.1f} s\n",
       done, seed, sum.events, sum.steps, sum.generations, sum.lost_workers, sum.coordinator_crashes,
       sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.covered_losses, sum.saves,
-      sum.hangs, bad, took.count());
+      sum.hangs, sum.preemptions, bad, took.count());
   return bad == 0 ? 0 : 1;
 }

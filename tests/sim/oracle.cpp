@@ -39,6 +39,7 @@ void cluster::check_commit(const commit& c) {
     check_nothing_lost(c);
     newest_plans_[job] = c.shape;
   }
+  check_size(c);
   // Never below what is durable and whole.
   for (const auto& [step, m] : manifests_[job]) {
     const bool is_indexed = rows_.count(keys::checkpoint(c.shape.job, step)) != 0;

@@ -285,6 +285,7 @@ void cluster::apply(const process_ptr& p, const vote_result& vote) {
   const std::uint64_t job = value(t.shape.job), number = t.shape.generation;
   forward(t, vote);
   ++result_.steps;
+  applied_[job] = std::max(applied_[job], t.step);
   if (t.rank == 0) {
     step_report r;
     r.step = vote.step;

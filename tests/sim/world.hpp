@@ -40,7 +40,8 @@ struct truth {
 struct rates {  // events per second of the whole cluster
   double kill = 0, freeze = 0, cut_control = 0, cut_link = 0, coordinator_crash = 0,
          action_crash = 0;
-  double disk_full = 0, corrupt = 0, drain = 0, pause = 0, slow = 0;  // slow: share of the messages
+  double disk_full = 0, corrupt = 0, drain = 0, pause = 0, priority = 0;
+  double slow = 0;  // share of the messages
 };
 
 struct disk_part {

@@ -1,0 +1,55 @@
+// Jobs that compete: priorities that change, and what must hold of taking workers away.
+#include "coordinator/wire.hpp"
+#include "model/plan.hpp"
+#include "tests/sim/cluster.hpp"
+
+namespace stagecoach::sim {
+
+void cluster::change_priority() {
+  if (specs_.empty()) return;
+  const auto job = static_cast<job_id>(draw(1, specs_.size()));
+  const int priority = static_cast<int>(draw(0, 4));
+  say("job {} gets priority {}", value(job), priority);
+  disturb();
+  tell(events::set_priority{job, priority, reply_id{}});
+}
+
+/// No victim is touched unless the new gang then fits: undisturbed, it starts.
+void cluster::check_preemption(const event_record& e) {
+  if (e.kind != "preemption") return;
+  ++result_.preemptions;
+  const std::string id = e.fields.at("job");
+  const std::uint64_t job = std::stoull(id.substr(2));
+  const bool is_quiet = now_ >= quiet_since_;
+  // A last step, a checkpoint, a generation; a step takes up to 150 ms and a message 20 ms.
+  in(10 * second, [this, job, is_quiet, before = starts_[job], disturbances = disturbances_] {
+    if (!is_quiet || disturbances != disturbances_ || starts_[job] != before) return;
+    if (rates_.disk_full > 0 || rates_.slow > 0 || completed_.count(job) != 0) return;
+    violate("workers were taken from others for job {}, and it did not start: {}", job,
+            coordinator_ ? coordinator_->why(static_cast<job_id>(job)) : "");
+  });
+}
+
+/// A generation has no fewer workers than its job asks for.
+void cluster::check_size(const commit& c) {
+  const std::uint64_t job = value(c.shape.job);
+  ++starts_[job];
+  const job_spec& spec = specs_.at(job);
+  const parallelism_spec& p = spec.parallelism;
+  int least = spec.elasticity.workers_min;
+  if (p.is_explicit) least = std::min(least, p.stages * p.replicas);
+  const auto smallest = choose_layout(spec, least);
+  if (smallest && c.shape.shape.worker_count() < smallest->worker_count()) {
+    violate("generation {} of job {} has {} workers; it asks for {} at least", c.shape.generation,
+            job, c.shape.shape.worker_count(), least);
+  }
+  const auto row = from_json_text<generation_record>(
+      rows_.at(keys::generation(c.shape.job, c.shape.generation)));
+  const bool is_shrink = row && row->reason.starts_with("shrink");
+  if (is_shrink && now_ >= quiet_since_ && c.step < applied_[job]) {
+    violate("generation {} of job {} gives workers away and starts at step {}; step {} was done",
+            c.shape.generation, job, c.step, applied_[job]);
+  }
+}
+
+}  // namespace stagecoach::sim
