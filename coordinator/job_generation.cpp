@@ -296,6 +296,14 @@ void job_machine::commit_generation(const choice& c) {
   const bool is_unsaved_edge = c.step == 0 || c.step == stop_step();
   x.save_at_start = is_unsaved_edge && checkpoints_.count(c.step) == 0;
   x.checkpoint_folder = record_.spec.checkpoint.store;
+  const auto remembers = std::find_if(c.by_rank.begin(), c.by_rank.end(), [this](worker_id w) {
+    return members_.at(w).answer && members_.at(w).answer->has_state;
+  });
+  told_ = std::min(told_, c.step);  // later ones are done, and told, again
+  if (remembers != c.by_rank.end() && told_ < c.step) {
+    x.retell_rank = static_cast<int>(remembers - c.by_rank.begin());
+    x.retell_after = told_;
+  }
   commit_ = std::move(x);
 
   for (auto& [worker, m] : members_) {

@@ -358,17 +358,22 @@ void job_machine::said(member& m, const progress& x) {
     ++stale_messages_;
     return;
   }
+  const bool is_of_this = is_committed() && x.generation == number_;
+  std::vector<step_report> news;
   for (const step_report& s : x.steps) {
-    if (chains_.count(s.step) != 0) ++redone_steps_;
+    // A step that its generation began after is told again, for want of a report, and not redone.
+    const bool is_retold = is_of_this && s.step <= generation_->step;
+    if (!is_retold && chains_.count(s.step) != 0) ++redone_steps_;
+    if (!is_retold || s.step > told_) news.push_back(s);
     check_chain(s.step, s.chain, m.facts.name);
     if (s.step > 0) take_weights_hash(s.step - 1, s.weights_hash);
+    if (is_retold || s.step == told_ + 1) told_ = std::max(told_, s.step);
     if (s.step > newest_report_.step) newest_report_ = s;
-    if (x.generation == number_) step_us_.push_back(s.step_us);
+    if (x.generation == number_ && !is_retold) step_us_.push_back(s.step_us);
     if (x.generation == number_) reported_step_ = std::max(reported_step_, s.step);
   }
   while (step_us_.size() > step_us_count_max) step_us_.pop_front();
-  const bool is_of_this = is_committed() && x.generation == number_;
-  if (is_of_this && !x.steps.empty()) {
+  if (is_of_this && !x.steps.empty() && x.steps.back().step > generation_->step) {
     fruitless_count_ = 0;
     m.step = std::max(m.step, x.steps.back().step);
     if (loss_ms_ >= 0) {
@@ -381,7 +386,7 @@ void job_machine::said(member& m, const progress& x) {
             {"recovery_ms", std::to_string(last_recovery_ms_)}});
     }
   }
-  if (!x.steps.empty()) out_.push_back(actions::series{id(), x.generation, x.steps});
+  if (!news.empty()) out_.push_back(actions::series{id(), x.generation, std::move(news)});
   if (case_) {
     const auto known = weights_hashes_.find(case_->step);
     if (known != weights_hashes_.end()) judge(known->first, known->second);

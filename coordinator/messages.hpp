@@ -284,6 +284,10 @@ struct commit {
   std::string expected_weights_hash;        // source checkpoint: of the whole model
   bool save_at_start = false;               // step 0, or a restart at a step without a checkpoint
   std::string checkpoint_folder;
+  // This rank tells the steps up to `step` that it remembers, beginning after retell_after: the
+  // coordinator lacks some, for who had done them died before it told. -1: nobody.
+  int retell_rank = -1;
+  std::uint64_t retell_after = 0;
 };
 
 struct run_stage {
@@ -458,7 +462,8 @@ STAGECOACH_FIELDS(commit, v("plan", m.shape), v("spec", m.spec), v("source", m.s
                   v("step", m.step), v("chain", m.chain), v("transfers", m.transfers),
                   v("roll_forward", m.roll_forward), v("parts", m.parts),
                   v("expected_weights_hash", m.expected_weights_hash),
-                  v("save_at_start", m.save_at_start), v("checkpoint_folder", m.checkpoint_folder))
+                  v("save_at_start", m.save_at_start), v("checkpoint_folder", m.checkpoint_folder),
+                  v("retell_rank", m.retell_rank), v("retell_after", m.retell_after))
 STAGECOACH_FIELDS(run_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation), v("order", m.order),
                   v("kind", m.kind))

@@ -188,6 +188,40 @@ TEST_CASE("a step that is reported again with another chain is a divergence") {
   CHECK(has_note(b.say(b.worker_at(0), p), "divergence"));
 }
 
+TEST_CASE("steps that a dead rank 0 had not reported are told again by a survivor") {
+  job_spec s = small_spec(1, 2);
+  s.parallelism.is_explicit = true;
+  s.parallelism.stages = 1;
+  s.parallelism.replicas = 2;
+  bench b(s);
+  b.start();
+  for (std::uint64_t step = 1; step <= 20; ++step) b.progress_to(step);
+  const auto dead = b.worker_at(0), survivor = b.worker_at(1);
+  b.disconnect(dead);
+  b.say(survivor, peer_report{1, 1, dead, "lost", "reset"});
+  const auto commits = sent<commit>(b.answer(survivor, 2, 22, stage_tensor_names(s.model, 0, 4)));
+  REQUIRE(commits.size() == 1);
+  CHECK(commits[0].second.retell_rank == 0);
+  CHECK(commits[0].second.retell_after == 20);
+  b.load(survivor, 22);
+
+  progress again{1, 2, b.hash(), {}};
+  for (std::uint64_t step : {20, 21, 22}) {
+    step_report r;
+    r.step = step;
+    r.chain = 1000 + step;
+    again.steps.push_back(r);
+  }
+  const auto told = all_of<actions::series>(b.say(survivor, again));
+  REQUIRE(told.size() == 1);
+  CHECK(told[0].steps.size() == 2);  // 20 was known
+  CHECK_FALSE(has_note(b.last, "recovered"));
+  CHECK(b.machine.view().redone_steps == 0);
+  CHECK(all_of<actions::series>(b.say(survivor, again)).empty());
+  b.progress_to(23);
+  CHECK(has_note(b.last, "recovered"));
+}
+
 TEST_CASE("pause: save and hold ride together, the job pauses when the checkpoint is durable") {
   bench b(two_stages());
   b.start();

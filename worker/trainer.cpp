@@ -75,6 +75,9 @@ std::vector<tensor_info> tensors_to_copy(const job_spec& spec, const plan& shape
   return list;
 }
 
+// Steps that a member can tell again: a minute of steps of 60 ms, at 100 B each.
+constexpr std::size_t recent_max = 1024;
+
 struct memory_copy {
   std::string name;
   std::vector<std::int64_t> shape;
@@ -261,6 +264,7 @@ struct trainer::implementation {
     has_state = false;
     state_step = state_chain = 0;
     last_vote.reset();
+    recent.clear();
     train_source.reset();
     valid_source.reset();
   }
@@ -324,6 +328,7 @@ struct trainer::implementation {
     is_memory_shown = false;
     save_first = save_at_start;
     options.emit(r);
+    if (c.retell_rank == my_rank) retell(c.retell_after);  // numbers: load_generation moved the rest
   }
 
   result<void> load_generation(commit& c) {
@@ -418,6 +423,7 @@ struct trainer::implementation {
     drop_runner();
     if (fresh) model = std::move(fresh);
     copies = std::move(target.copies);
+    if (shape.job != c.shape.job) recent.clear();
     spec = std::move(c.spec);
     shape = std::move(c.shape);
     my_rank = rank;
@@ -427,6 +433,7 @@ struct trainer::implementation {
     slot_count = *slots;
     state_step = c.step;
     state_chain = c.chain;
+    forget_steps_from(state_step + 1);
     has_state = true;
     checkpoint_folder = c.checkpoint_folder;
     save_at_start = c.save_at_start;
@@ -633,6 +640,7 @@ struct trainer::implementation {
     state_step = vote.step;
     state_chain = vote.chain;
     last_vote = vote;
+    remember_step(vote);
     std::lock_guard lock(mutex);
     shown.step = state_step;
   }
@@ -653,7 +661,7 @@ struct trainer::implementation {
           runner->compute(step, state_chain, [this](std::uint64_t s) { return take_orders(s); });
       if (!vote || data_problem) return on_broken(vote ? *data_problem : vote.err());
       apply_vote(*vote);
-      report_step(*vote);
+      report_step();
       if (auto shared = runner->share_weights(*vote); !shared) return on_broken(shared.err());
       if (!is_memory_shown) log_memory();
       if (vote->orders & order_bit(order_kind::evaluate)) {
@@ -751,8 +759,9 @@ struct trainer::implementation {
     return true;
   }
 
-  void report_step(const vote_result& vote) {
-    if (my_rank != 0) return;
+  // Every member keeps its newest steps: those that rank 0 had not told when it died are told by
+  // another (retell), or the log of the run would have a hole.
+  void remember_step(const vote_result& vote) {
     step_report r;
     r.step = vote.step;
     r.loss = vote.loss;
@@ -765,9 +774,26 @@ struct trainer::implementation {
     r.step_us = us_since(last_step_time);
     r.unix_ms = unix_ms();
     last_step_time = clock::now();
-    unreported.push_back(r);
+    forget_steps_from(r.step);
+    recent.push_back(r);
+    if (recent.size() > recent_max) recent.pop_front();
+  }
+
+  void forget_steps_from(std::uint64_t step) {
+    while (!recent.empty() && recent.back().step >= step) recent.pop_back();
+  }
+
+  void report_step() {
+    if (my_rank != 0) return;
+    unreported.push_back(recent.back());
     // Batched, so that a model with 1 ms steps does not spend them on messages.
     if (us_since(last_report_time) >= 50'000) flush_progress();
+  }
+
+  void retell(std::uint64_t after) {
+    for (const step_report& r : recent)
+      if (r.step > after) unreported.push_back(r);
+    flush_progress();
   }
 
   void flush_progress() {
@@ -798,6 +824,8 @@ struct trainer::implementation {
   // ------------------------------------------------------------------------------------------
   void start_save(bool is_final) {
     const pulse_counter::scope saving(pulse, trainer_activity::save);
+    // A checkpoint that is whole has rank 0's part, so its steps were told before it counts.
+    flush_progress();
     const auto began = clock::now();
     const auto mine = tensors_to_save(spec, shape, my_rank);
     if (mine.empty()) return;
@@ -945,6 +973,7 @@ struct trainer::implementation {
   fault_injection faults;
   std::string checkpoint_folder;
   std::vector<step_report> unreported;
+  std::deque<step_report> recent;  // consecutive, up to state_step
   clock::time_point last_report_time{}, last_step_time{}, last_save_time{};
 
   std::mutex write_mutex;  // guards the save in progress
