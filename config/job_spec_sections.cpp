@@ -455,9 +455,7 @@ void spec_reader::read_optimizer(section& top) {
       }
     }
   }
-  if (const auto exact = read_bool(s, "exact"); exact && !*exact)
-    report(place_of({"optimizer.exact"}), "E004", "optimizer.exact",
-           fmt::format("optimizer.exact false (sums in plain order) {}", not_now), "exact: true");
+  if (const auto exact = read_bool(s, "exact")) o.exact = *exact;
   finish(s);
 }
 

@@ -265,6 +265,11 @@ submission prepare_submission(const submission_request& request, const state_pat
   make_absolute(spec.checkpoint.store, request.folder);
   if (!done.problems.empty()) return done;
   check_space(spec, paths, done.warnings);
+  if (!spec.optimizer.exact)
+    done.warnings.push_back(
+        "optimizer.exact: false sums in plain order, so every change of the number of replicas, "
+        "by a failure or a join too, CHANGES THE BITS of the weights, and nothing compares a step "
+        "that is done again. It is there to measure what exactness costs. fix: exact: true");
   if (spec.parallelism.shard_optimizer && spec.elasticity.copies == 0)
     done.warnings.push_back(
         "parallelism.shard_optimizer without copies: each part of the optimizer's state is on one "

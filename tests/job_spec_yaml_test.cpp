@@ -311,7 +311,6 @@ TEST_CASE("contradictions are found, each with its own code") {
   CHECK(code_of("elasticity.wait_for_min=10") == "E007");
   CHECK(code_of("elasticity.on_loss=replcae") == "E007");
   CHECK(code_of("optimizer.exact=yes") == "E007");
-  CHECK(code_of("optimizer.exact=false") == "E004");
   CHECK(code_of("model.init=somewhere") == "E007");
   CHECK(code_of("checkpoint.keep.last=0") == "E102");
 }

@@ -21,6 +21,7 @@
 #include "config/presets.hpp"
 #include "model/plan.hpp"
 #include "model/stage.hpp"
+#include "tools/bench_support.hpp"
 #include "tools/command.hpp"
 #include "tools/follow.hpp"
 #include "tools/job_file.hpp"
@@ -38,25 +39,8 @@ using namespace std::chrono_literals;
 struct bench_flags {
   std::string part = "all", peer, peer_script;
   int rounds = 5, threads = 2, kills = 20;
+  elastic_flags elastic;
 };
-
-// NaN stands for "not measured" (an interrupted round); sorting it would be undefined.
-void drop_unmeasured(std::vector<double>& v) {
-  std::erase_if(v, [](double x) { return std::isnan(x); });
-}
-
-double median(std::vector<double> v) {
-  drop_unmeasured(v);
-  if (v.empty()) return std::nan("");
-  std::sort(v.begin(), v.end());
-  return v.size() % 2 == 1 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
-}
-double quantile(std::vector<double> v, double q) {
-  drop_unmeasured(v);
-  if (v.empty()) return std::nan("");
-  std::sort(v.begin(), v.end());
-  return v[std::min(v.size() - 1, static_cast<std::size_t>(q * static_cast<double>(v.size())))];
-}
 
 std::string cpu_name() {
   std::ifstream file("/proc/cpuinfo");
@@ -441,26 +425,44 @@ checkpoint: {{every: never}}
 void add_bench(command_line c) {
   auto own = std::make_shared<bench_flags>();
   CLI::App* app =
-      c.app.add_subcommand("bench", "speed: step, overhead, scale, recovery, checkpoint");
+      c.app.add_subcommand("bench",
+                           "speed: step, overhead, scale, recovery, checkpoint; elastic: what "
+                           "failures and changes cost");
   app->footer(
       "examples:\n"
       "  stagecoach bench\n"
       "  stagecoach bench step --peer /usr/bin/python3 --peer-script tools/bench_peer_torch.py -o "
       "jsonl\n"
-      "  stagecoach bench recovery --kills 50");
-  app->add_option("PART", own->part, "all, step, overhead, scale, recovery or checkpoint")
-      ->check(CLI::IsMember({"all", "step", "overhead", "scale", "recovery", "checkpoint"}));
+      "  stagecoach bench recovery --kills 50\n"
+      "  stagecoach bench elastic --peer VENV      beside torchrun, from a Python venv with "
+      "PyTorch\n"
+      "  stagecoach bench elastic --only kill,join --events 5");
+  app->add_option("PART", own->part,
+                  "all, step, overhead, scale, recovery, checkpoint; or elastic (not in all)")
+      ->check(
+          CLI::IsMember({"all", "step", "overhead", "scale", "recovery", "checkpoint", "elastic"}));
+  app->add_option("--events", own->elastic.events, "elastic: events of each kind")
+      ->check(CLI::Range(1, 10000));
+  app->add_option("--only", own->elastic.only, "elastic: these figures alone, by comma");
   app->add_option("--rounds", own->rounds, "turns of each candidate")->check(CLI::Range(1, 1000));
   app->add_option("--threads", own->threads, "threads of the second step figure")
       ->check(CLI::Range(1, 1024));
   app->add_option("--kills", own->kills, "of the recovery part")->check(CLI::Range(1, 10000));
-  app->add_option("--peer", own->peer, "a Python with PyTorch; its step takes turns with ours");
+  app->add_option("--peer", own->peer,
+                  "a Python with PyTorch; its step takes turns with ours (elastic: or its venv)");
   app->add_option("--peer-script", own->peer_script,
-                  "the peer's step (default tools/bench_peer_torch.py)");
-  own->peer_script = "tools/bench_peer_torch.py";
+                  "the peer's step (default tools/bench_peer_torch.py; elastic: "
+                  "tools/bench_peer_elastic.py)");
   app->callback([c, own] {
     c.run = [c, own] {
       watch_interrupts();
+      if (own->part == "elastic") {
+        own->elastic.rounds = own->rounds;
+        own->elastic.peer = own->peer;
+        own->elastic.peer_script = own->peer_script;
+        return bench_elastic(c.flags, own->elastic);
+      }
+      if (own->peer_script.empty()) own->peer_script = "tools/bench_peer_torch.py";
       return bench_run(c.flags, *own).run();
     };
   });

@@ -250,13 +250,16 @@ result<void> step_runner::backward_input(const instruction& what) {
 
 void step_runner::backward_weight(const instruction& what) {
   stopwatch watch(times_.backward_weight_us);
-  const bool is_first = what.microbatch % per_leaf_ == 0;
-  const bool is_last = what.microbatch % per_leaf_ == per_leaf_ - 1;
+  // In plain order all microbatches of a replica are one sum, whatever its leaves are.
+  const std::int64_t run_length = spec_.optimizer.exact ? per_leaf_ : microbatches_;
+  const bool is_first = what.microbatch % run_length == 0;
+  const bool is_last = what.microbatch % run_length == run_length - 1;
   if (is_first) accumulating_ = take_buffer();
   stage_.backward_weight(what.microbatch % slot_count_, accumulating_, !is_first);
   if (!is_last) return;
   stack_.push_back(accumulating_);
   accumulating_ = nullptr;
+  if (!spec_.optimizer.exact) return;
   const std::int64_t leaf = leaf_first_ + what.microbatch / per_leaf_;
   for (int i = merges_after_leaf(leaf_first_, leaf_last_, leaf); i > 0; --i) {
     float* right = stack_.back();
@@ -428,7 +431,8 @@ result<void> step_runner::reduce_stretch(std::uint64_t step, std::size_t index, 
       std::max<std::int64_t>(1, count / std::max<std::int64_t>(1, mine));
   std::int64_t received = 0;
   for (int r = 0; r < replicas; ++r) {
-    const auto blocks = maximal_blocks(plan_.shape.leaf_cuts[r], plan_.shape.leaf_cuts[r + 1]);
+    auto blocks = maximal_blocks(plan_.shape.leaf_cuts[r], plan_.shape.leaf_cuts[r + 1]);
+    if (!spec_.optimizer.exact) blocks.resize(1);
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       nodes.push_back(blocks[i]);
       if (r == replica_) {
@@ -447,8 +451,14 @@ result<void> step_runner::reduce_stretch(std::uint64_t step, std::size_t index, 
       }
     }
   }
-  for (const merge& m : merge_order(nodes, spec_.batch.leaf_count))
-    device_.add(values[m.into], values[m.into], values[m.from], mine);
+  if (spec_.optimizer.exact) {
+    for (const merge& m : merge_order(nodes, spec_.batch.leaf_count))
+      device_.add(values[m.into], values[m.into], values[m.from], mine);
+  } else {
+    // By replica, one after the other: not by arrival, so that equal layouts give equal bits.
+    for (std::size_t r = 1; r < values.size(); ++r)
+      device_.add(values[0], values[0], values[r], mine);
+  }
   device_.copy(root + begin, values[0], mine);
   for (float* p : scratch) free_.push_back(p);
   return ok();

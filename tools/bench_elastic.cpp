@@ -1,0 +1,695 @@
+// stagecoach bench elastic: what failures and changes of the cluster cost, beside their targets.
+//
+// Each figure is one JSON line with -o json, with its target and whether it is met; a figure that
+// could not be measured says so and is not met. Whole clusters of real processes on loopback; a
+// fault's time is the machine's wall clock, against the time that rank 0 wrote on each committed
+// step. Where a layout has more workers than this machine has cores, wall time would show the
+// cores and not the layout: there, CPU time or virtual time is shown, and said.
+#include <time.h>
+
+#include <atomic>
+#include <barrier>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <optional>
+#include <random>
+#include <set>
+#include <sstream>
+#include <thread>
+
+#include "config/job_spec_yaml.hpp"
+#include "kernels/backend.hpp"
+#include "model/plan.hpp"
+#include "model/stage.hpp"
+#include "tools/bench_support.hpp"
+#include "tools/job_file.hpp"
+#include "tools/local_cluster.hpp"
+#include "worker/link.hpp"
+#include "worker/step_runner.hpp"
+
+namespace stagecoach {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using clock = std::chrono::steady_clock;
+using namespace std::chrono_literals;
+
+double unix_ms() {
+  return std::chrono::duration<double, std::milli>(
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
+}
+
+// CPU seconds of all threads of this process: what a step costs, whatever else the cores do.
+double process_cpu_seconds() {
+  timespec t{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
+}
+
+// One job on one cluster, with the questions that the measurements ask again and again.
+class live_job {
+ public:
+  struct commit_time {
+    std::int64_t step = 0;
+    double unix_ms = 0;
+  };
+  struct state {
+    std::string phase_name;  // of the job: RUNNING, RECOVERING, ...
+    std::int64_t step = -1, generation = -1;
+    std::vector<std::string> members;
+    bool is_running() const { return phase_name == "RUNNING"; }
+  };
+
+  live_job(const global_flags& flags, const std::string& folder, const job_file& job, int workers)
+      : cluster({folder, "127.0.0.1:0", 1, ""}) {
+    if (!cluster.start_coordinator()) return;
+    for (int i = 0; i < workers; ++i)
+      if (!cluster.start_worker()) return;
+    wait_until(
+        [&] {
+          auto w = cluster.api().get("/workers");
+          return w && (*w)["workers"].size() == static_cast<std::size_t>(workers);
+        },
+        20s);
+    exit_code code{};
+    if (auto submitted = submit_job_file(flags, cluster.api(), job, code)) id = *submitted;
+  }
+
+  bool is_up() const { return !id.empty(); }
+
+  std::optional<state> look() {
+    auto job = cluster.api().get("/jobs/" + id, 2s);
+    if (!job) return std::nullopt;
+    state s;
+    s.phase_name = job->value("state", "");
+    s.step = job->value("step", std::int64_t{0});
+    s.generation = job->value("generation", std::int64_t{0});
+    if ((*job)["plan"].is_object())
+      for (const auto& m : (*job)["plan"]["members"]) s.members.push_back(m.value("name", ""));
+    return s;
+  }
+
+  /// Waits for a look that pleases; the last look, or nothing in time.
+  template <class F>
+  std::optional<state> wait_for(F pleases, std::chrono::milliseconds within = 60s) {
+    std::optional<state> seen;
+    const bool is_there = wait_until(
+        [&] {
+          if (is_interrupted()) return true;
+          seen = look();
+          return seen && pleases(*seen);
+        },
+        within, 5ms);
+    return is_there && !is_interrupted() ? seen : std::nullopt;
+  }
+
+  /// Runs with so many members, and `steps` more steps are done than now.
+  std::optional<state> settle(std::size_t members, std::int64_t steps = 3) {
+    auto now =
+        wait_for([&](const state& s) { return s.is_running() && s.members.size() == members; });
+    if (!now) return now;
+    const std::int64_t generation = now->generation, from = now->step;
+    auto then = wait_for([&](const state& s) {
+      return s.is_running() && (s.step >= from + steps || s.generation != generation);
+    });
+    return then && then->generation != generation ? settle(members, steps) : then;
+  }
+
+  /// Commits from a step on, by step; waits until one after `after_ms` is among them.
+  std::vector<commit_time> commits(std::int64_t from, double after_ms) {
+    std::vector<commit_time> list;
+    wait_until(
+        [&] {
+          list.clear();
+          auto series = cluster.api().get(
+              "/jobs/" + id + "/series?from=" + std::to_string(std::max<std::int64_t>(0, from)));
+          if (!series) return is_interrupted();
+          for (const auto& s : (*series)["steps"])
+            list.push_back({s.value("step", std::int64_t{0}), s.value("unix_ms", 0.0)});
+          return is_interrupted() || (!list.empty() && list.back().unix_ms > after_ms);
+        },
+        20s, 20ms);
+    return list;
+  }
+
+  /// from_step of the first generation that began after a moment.
+  std::optional<std::int64_t> first_start_after(double after_ms) {
+    auto events = cluster.api().get("/jobs/" + id + "/events?since=" + std::to_string(event_seen_));
+    if (!events) return std::nullopt;
+    std::optional<std::int64_t> found;
+    for (const auto& e : (*events)["events"]) {
+      event_seen_ = std::max(event_seen_, e.value("n", std::int64_t{0}));
+      if (found || e.value("kind", "") != "generation_started" ||
+          e.value("unix_ms", 0.0) < after_ms)
+        continue;
+      found = std::stoll(e["fields"].value("from_step", "0"));
+    }
+    return found;
+  }
+
+  void end() {
+    (void)cluster.api().post("/jobs/" + id + "/cancel", {{"now", true}});
+    cluster.stop();
+  }
+
+  local_cluster cluster;
+  std::string id;
+
+ private:
+  std::int64_t event_seen_ = 0;
+};
+
+class elastic_run {
+ public:
+  elastic_run(const global_flags& flags, const elastic_flags& own) : flags_(flags), own_(own) {
+    std::string pattern = (fs::temp_directory_path() / "stagecoach-bench-XXXXXX").string();
+    folder_ = mkdtemp(pattern.data()) == nullptr ? "stagecoach-bench" : pattern;
+    fs::create_directories(folder_);
+    std::ofstream text(folder_ + "/text.txt");
+    std::mt19937_64 random(1);
+    for (int i = 0; i < 200'000; ++i) text << static_cast<char>(32 + random() % 90);
+    std::stringstream names(own.only);
+    for (std::string name; std::getline(names, name, ',');) only_.insert(name);
+  }
+  ~elastic_run() {
+    std::error_code ignored;
+    fs::remove_all(folder_, ignored);
+  }
+
+  exit_code run() {
+    const struct {
+      const char* name;
+      void (elastic_run::*measure)();
+    } parts[] = {{"kill", &elastic_run::kill},       {"copies", &elastic_run::kill_with_copies},
+                 {"join", &elastic_run::join},       {"coordinator", &elastic_run::coordinator},
+                 {"deputy", &elastic_run::deputy},   {"exactness", &elastic_run::exactness},
+                 {"balance", &elastic_run::balance}, {"copy_cost", &elastic_run::copy_cost}};
+    std::set<std::string> known;
+    for (const auto& part : parts) known.insert(part.name);
+    for (const std::string& name : only_)
+      if (!known.contains(name))
+        return complain(flags_, make_error(errc::usage, "--only: no figure \"{}\"", name));
+    if (!flags_.is_json())
+      std::printf(
+          "%u cores here; more workers than cores share them, so wall times are then upper "
+          "bounds\n%-58s %7s %11s %11s %11s  %-10s %s\n",
+          std::thread::hardware_concurrency(), "FIGURE", "EVENTS", "MEDIAN", "P99", "TARGET", "MET",
+          "NOTE");
+    for (const auto& part : parts) {
+      if (is_interrupted()) break;
+      if (only_.empty() || only_.contains(part.name)) (this->*part.measure)();
+    }
+    return is_interrupted() ? exit_code::interrupted : exit_code::success;
+  }
+
+ private:
+  struct figure {
+    std::string name, unit;
+    std::size_t events = 0;
+    double value = std::nan(""), p99 = std::nan("");  // value: median, or the one number
+    std::string target;
+    std::optional<bool> is_met;  // none: reported only
+    std::string note;
+    json more = json::object();
+  };
+
+  void print(const figure& f) {
+    const auto number = [](double x) { return std::isnan(x) ? json(nullptr) : json(x); };
+    if (flags_.is_json()) {
+      json line = {{"bench", "elastic"},
+                   {"figure", f.name},
+                   {"unit", f.unit},
+                   {"events", f.events},
+                   {"value", number(f.value)},
+                   {"p99", number(f.p99)},
+                   {"target", f.target},
+                   {"met", f.is_met ? json(*f.is_met) : json(nullptr)},
+                   {"note", f.note}};
+      line.update(f.more);
+      std::printf("%s\n", line.dump().c_str());
+    } else {
+      const auto text = [&](double x) {
+        return std::isnan(x) ? std::string("-") : fmt::format("{:.4g} {}", x, f.unit);
+      };
+      std::printf("%-58s %7zu %11s %11s %11s  %-10s %s\n", f.name.c_str(), f.events,
+                  text(f.value).c_str(), text(f.p99).c_str(), f.target.c_str(),
+                  !f.is_met   ? "reported"
+                  : *f.is_met ? "yes"
+                              : "MISSED",
+                  f.note.c_str());
+    }
+    std::fflush(stdout);
+  }
+
+  /// A tiny model with steps of some 50 ms on one core, so that the rest of a step is not what is
+  /// measured.
+  job_file small_job(const std::string& name, const std::vector<std::string>& sets,
+                     const std::string& model = "{preset: tiny}", int sequences = 64) {
+    const std::string text = fmt::format(R"(version: 1
+name: {}
+model: {}
+data: {{tokenizer: bytes, train: [{{path: {}/text.txt, format: text}}]}}
+batch: {{global: {} sequences, micro: 2, sequence: 64, leaves: 16}}
+optimizer: {{lr: 1e-3}}
+stop: {{steps: 1000000}}
+elasticity: {{workers: 1..4, max_failures: 1000000}}
+checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
+)",
+                                         name, model, folder_, sequences);
+    exit_code code{};
+    const std::string path = folder_ + "/" + name + ".yaml";
+    std::ofstream(path) << text;
+    auto job = load_job_file(flags_, path, sets, code);
+    if (!job) std::exit(static_cast<int>(code));
+    return *job;
+  }
+  static job_file laid_out(job_file job, int stages, int replicas, int most) {
+    job.spec.parallelism.is_explicit = true;
+    job.spec.parallelism.stages = stages;
+    job.spec.parallelism.replicas = replicas;
+    job.spec.elasticity.workers_max = most;
+    job.resolved_yaml = write_job_spec_yaml(job.spec);
+    return job;
+  }
+  std::string next_folder() { return fmt::format("{}/run{}", folder_, ++runs_); }
+
+  // ---- kill -9 of a member, a spare at hand
+  // ----------------------------------------------------------
+  struct losses {
+    std::vector<double> seconds, lost;
+    std::vector<double> usual_ms;
+  };
+  losses kill_members(const job_file& job, int members) {
+    losses out;
+    live_job run(flags_, next_folder(), job, members + 1);
+    if (!run.is_up()) return out;
+    std::mt19937_64 random(3);
+    for (int i = 0; i < own_.events && !is_interrupted(); ++i) {
+      if (!run.settle(static_cast<std::size_t>(members), 5)) break;
+      // A moment inside a step, not always just after one.
+      std::this_thread::sleep_for(std::chrono::milliseconds(200 + random() % 200));
+      auto before = run.look();
+      const auto alive = run.cluster.workers();
+      if (!before || before->members.empty()) break;
+      const std::string victim = before->members[random() % before->members.size()];
+      if (std::find(alive.begin(), alive.end(), victim) == alive.end()) continue;
+      (void)run.first_start_after(1e300);  // events until now are read
+      const double struck = unix_ms();
+      run.cluster.worker(victim).signal(SIGKILL);
+      auto after = run.wait_for([&](const live_job::state& s) {
+        return s.generation > before->generation && s.is_running();
+      });
+      run.cluster.forget_worker(victim);
+      (void)run.cluster.start_worker();
+      const auto start = after ? run.first_start_after(struck) : std::nullopt;
+      if (!start) break;
+      (void)run.wait_for([&](const live_job::state& s) { return s.step > *start + 1; });
+      const auto steps = run.commits(*start - 30, struck);
+      for (std::size_t k = 0; k < steps.size(); ++k) {
+        if (steps[k].step == *start + 1) out.seconds.push_back((steps[k].unix_ms - struck) / 1e3);
+        if (k > 0 && steps[k].step <= *start)
+          out.usual_ms.push_back(steps[k].unix_ms - steps[k - 1].unix_ms);
+      }
+      out.lost.push_back(static_cast<double>(std::max<std::int64_t>(0, before->step - *start)));
+    }
+    run.end();
+    return out;
+  }
+
+  void kill() {
+    const auto got = kill_members(laid_out(small_job("kill", {}), 1, 2, 2), 2);
+    figure f{"committed steps lost per failure, 2 replicas",
+             "",
+             got.lost.size(),
+             median(got.lost),
+             quantile(got.lost, 1.0),
+             "0",
+             {},
+             "kill -9 of a member; p99 is the most"};
+    f.is_met = !got.lost.empty() && quantile(got.lost, 1.0) == 0;
+    print(f);
+    figure t{"SIGKILL to the next committed step, 2 replicas + 1 spare",
+             "s",
+             got.seconds.size(),
+             median(got.seconds),
+             quantile(got.seconds, 0.99),
+             "<1 / <3",
+             {},
+             ""};
+    t.is_met = t.value < 1 && t.p99 < 3;
+    t.note = fmt::format("usual step {:.0f} ms", median(got.usual_ms));
+    print(t);
+  }
+
+  void kill_with_copies() {
+    const auto got =
+        kill_members(laid_out(small_job("copies", {"elasticity.copies=1"}), 2, 1, 2), 2);
+    figure f{"committed steps lost per failure, single pipeline, copies: 1",
+             "",
+             got.lost.size(),
+             median(got.lost),
+             quantile(got.lost, 1.0),
+             "0",
+             {},
+             "2 stages + 1 spare; p99 is the most"};
+    f.is_met = !got.lost.empty() && quantile(got.lost, 1.0) == 0;
+    print(f);
+    figure t{"SIGKILL to the next committed step, copies: 1",
+             "s",
+             got.seconds.size(),
+             median(got.seconds),
+             quantile(got.seconds, 0.99),
+             "<1 / <3",
+             {},
+             ""};
+    t.is_met = t.value < 1 && t.p99 < 3;
+    print(t);
+  }
+
+  // ---- a worker more
+  // -----------------------------------------------------------------------------------
+  void join() {
+    std::vector<double> pauses, shares;
+    live_job run(flags_, next_folder(), small_job("join", {}), 1);
+    for (int i = 0; run.is_up() && i < own_.events && !is_interrupted(); ++i) {
+      auto before = run.settle(1, 8);
+      if (!before) break;
+      const double struck = unix_ms();
+      auto joiner = run.cluster.start_worker();
+      if (!joiner) break;
+      auto after = run.wait_for(
+          [](const live_job::state& s) { return s.members.size() == 2 && s.is_running(); });
+      if (!after) break;
+      (void)run.settle(2, 4);
+      const auto steps = run.commits(before->step - 8, unix_ms());
+      std::vector<double> calm;
+      double longest = 0;
+      for (std::size_t k = 1; k < steps.size(); ++k) {
+        const double gap = steps[k].unix_ms - steps[k - 1].unix_ms;
+        if (steps[k].unix_ms < struck)
+          calm.push_back(gap);
+        else
+          longest = std::max(longest, gap);
+      }
+      if (!calm.empty()) {
+        pauses.push_back(longest - median(calm));
+        shares.push_back(pauses.back() / median(calm));
+      }
+      run.cluster.worker(*joiner).terminate();
+      run.cluster.forget_worker(*joiner);
+    }
+    if (run.is_up()) run.end();
+    figure f{"pause when a worker joins (longest gap less a usual step)",
+             "ms",
+             pauses.size(),
+             median(pauses),
+             quantile(pauses, 0.99),
+             "<1 step",
+             {},
+             ""};
+    f.is_met = !shares.empty() && median(shares) < 1;
+    f.note =
+        fmt::format("in steps: median {:.2f}, p99 {:.2f}", median(shares), quantile(shares, 0.99));
+    f.more = {{"steps_median", median(shares)}, {"steps_p99", quantile(shares, 0.99)}};
+    print(f);
+  }
+
+  // ---- the coordinator away
+  // ----------------------------------------------------------------------------
+  void coordinator() {
+    std::vector<double> calm, away;
+    int silent = 0, absences = 0;
+    live_job run(flags_, next_folder(), laid_out(small_job("coordinator", {}), 1, 2, 2), 2);
+    for (int i = 0; run.is_up() && i < own_.events && !is_interrupted(); ++i) {
+      auto before = run.settle(2, 5);
+      if (!before) break;
+      const double calm_from = unix_ms();
+      std::this_thread::sleep_for(2s);
+      const double killed = unix_ms();
+      run.cluster.coordinator().signal(SIGKILL);
+      (void)run.cluster.coordinator().wait(5s);
+      std::this_thread::sleep_for(2s);
+      const double back = unix_ms();
+      if (!run.cluster.start_coordinator()) break;
+      (void)run.wait_for([](const live_job::state& s) { return s.is_running(); });
+      const auto steps = run.commits(before->step, back);
+      ++absences;
+      std::size_t meanwhile = 0;
+      for (std::size_t k = 1; k < steps.size(); ++k) {
+        const double gap = steps[k].unix_ms - steps[k - 1].unix_ms, at = steps[k].unix_ms;
+        if (at > calm_from && at <= killed) calm.push_back(gap);
+        if (at > killed && at <= back) {
+          away.push_back(gap);
+          ++meanwhile;
+        }
+      }
+      if (meanwhile == 0) ++silent;
+    }
+    if (run.is_up()) run.end();
+    const double ratio = quantile(away, 0.99) / quantile(calm, 0.99);
+    figure f{"p99 of the time between commits, coordinator dead / alive",
+             "x",
+             static_cast<std::size_t>(absences),
+             ratio,
+             std::nan(""),
+             "<1.05",
+             {},
+             ""};
+    f.is_met = ratio < 1.05;
+    f.note = fmt::format("medians {:.1f} / {:.1f} ms, p99 {:.1f} / {:.1f} ms", median(away),
+                         median(calm), quantile(away, 0.99), quantile(calm, 0.99));
+    f.more = {{"median_ratio", median(away) / median(calm)}, {"gaps", away.size()}};
+    print(f);
+    figure g{"kills of the coordinator after which no step came",
+             "",
+             static_cast<std::size_t>(absences),
+             static_cast<double>(silent),
+             std::nan(""),
+             "0",
+             {},
+             "of 2 s each"};
+    g.is_met = absences > 0 && silent == 0;
+    print(g);
+  }
+
+  void deputy() {
+    std::vector<double> seconds;
+    int without = 0;
+    std::mt19937_64 random(5);
+    live_job run(flags_, next_folder(), laid_out(small_job("deputy", {}), 1, 3, 3), 3);
+    for (int i = 0; run.is_up() && i < own_.events && !is_interrupted(); ++i) {
+      auto before = run.settle(3, 5);
+      if (!before || before->members.size() < 3) break;
+      const std::string victim = before->members[random() % before->members.size()];
+      run.cluster.coordinator().signal(SIGKILL);
+      (void)run.cluster.coordinator().wait(5s);
+      std::this_thread::sleep_for(200ms);
+      const double struck = unix_ms();
+      run.cluster.worker(victim).signal(SIGKILL);
+      (void)run.cluster.worker(victim).wait(5s);
+      run.cluster.forget_worker(victim);
+      std::this_thread::sleep_for(10s);
+      const double back = unix_ms();
+      if (!run.cluster.start_coordinator()) break;
+      (void)run.cluster.start_worker();
+      (void)run.wait_for([&](const live_job::state& s) {
+        return s.is_running() && s.generation > before->generation;
+      });
+      const auto steps = run.commits(before->step - 3, back);
+      // A step that all had voted for may still come in; the long gap after it is the loss.
+      for (std::size_t k = 1; k < steps.size(); ++k) {
+        if (steps[k].unix_ms <= struck || steps[k].unix_ms - steps[k - 1].unix_ms < 100) continue;
+        seconds.push_back((steps[k].unix_ms - struck) / 1e3);
+        if (steps[k].unix_ms < back) ++without;
+        break;
+      }
+    }
+    if (run.is_up()) run.end();
+    figure f{"worker killed while the coordinator is dead: to the next commit",
+             "s",
+             seconds.size(),
+             median(seconds),
+             quantile(seconds, 0.99),
+             "<10",
+             {},
+             ""};
+    f.is_met = !seconds.empty() && quantile(seconds, 0.99) < 10;
+    f.note = fmt::format("{} of {} before the coordinator came back, 10 s later", without,
+                         seconds.size());
+    print(f);
+  }
+
+  // ---- what exactness costs: CPU seconds of a step in one process, all ranks, one thread each
+  // ----------
+  // The same ranks, once with the tree over named leaves and once in plain order.
+  struct ranks {
+    job_spec spec;
+    plan shape;
+    std::vector<std::int32_t> tokens;
+    std::vector<std::unique_ptr<backend>> devices;
+    std::vector<std::unique_ptr<stage>> stages;
+    std::vector<std::unique_ptr<link_set>> links;
+    std::vector<std::unique_ptr<step_runner>> runners;
+    std::uint64_t step = 0;
+    std::vector<std::uint64_t> chains;
+
+    ranks(job_spec s, int replicas) : spec(std::move(s)) {
+      shape.generation = 1;
+      shape.shape.replica_count = replicas;
+      shape.shape.unit_cuts = {0, unit_count(spec.model)};
+      shape.shape.leaf_cuts = partition_leaves(spec.batch.leaf_count, replicas);
+      shape.members.resize(static_cast<std::size_t>(replicas));
+      links = make_memory_links(replicas);
+      chains.resize(static_cast<std::size_t>(replicas));
+      std::mt19937_64 random(7);
+      tokens.resize(100'000);
+      for (auto& t : tokens)
+        t = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(spec.model.vocab_size));
+      token_reader reader{static_cast<std::int64_t>(tokens.size()),
+                          [this](std::int64_t begin, std::int64_t n, std::int32_t* out) {
+                            std::copy_n(tokens.begin() + begin, n, out);
+                          }};
+      for (int r = 0; r < replicas; ++r) {
+        devices.push_back(make_cpu_backend(1));
+        stages.push_back(std::make_unique<stage>(spec.model, spec.batch, 0, unit_count(spec.model),
+                                                 *step_runner::slots(spec, shape, r),
+                                                 *devices.back()));
+        stages.back()->initialise_parameters();
+        runners.push_back(std::make_unique<step_runner>(spec, shape, r, *stages.back(),
+                                                        *links[static_cast<std::size_t>(r)],
+                                                        *devices.back(), reader, reader));
+      }
+    }
+    double cpu_seconds() {
+      ++step;
+      const double began = process_cpu_seconds();
+      std::vector<std::thread> threads;
+      for (std::size_t r = 0; r < runners.size(); ++r)
+        threads.emplace_back([this, r] {
+          auto vote = runners[r]->compute(step, chains[r], {});
+          if (!vote) return;
+          runners[r]->apply(*vote);
+          chains[r] = vote->chain;
+        });
+      for (auto& t : threads) t.join();
+      return process_cpu_seconds() - began;
+    }
+  };
+
+  void exactness() {
+    for (const int replicas : {1, 2, 4, 3, 5, 6, 7}) {
+      if (is_interrupted()) return;
+      // Leaves named: as many as there are replicas to share them evenly at powers of two.
+      job_spec spec =
+          small_job("exactness", {},
+                    "{n_layer: 6, d_model: 192, n_head: 6, vocab_size: 256, context: 128}", 32)
+              .spec;
+      spec.batch.sequence_tokens = 128;
+      spec.batch.leaf_count = 8;
+      job_spec plain = spec;
+      plain.optimizer.exact = false;
+      ranks exact_ranks(spec, replicas), plain_ranks(plain, replicas);
+      exact_ranks.cpu_seconds();
+      plain_ranks.cpu_seconds();
+      std::vector<double> ratios, exact_s;
+      for (int round = 0; round < own_.rounds * 3 && !is_interrupted(); ++round) {
+        const double a = exact_ranks.cpu_seconds(), b = plain_ranks.cpu_seconds();
+        ratios.push_back(a / b);
+        exact_s.push_back(a);
+      }
+      figure f{fmt::format("cost of exactness, {} replica{}", replicas, replicas == 1 ? "" : "s"),
+               "%",
+               ratios.size(),
+               (median(ratios) - 1) * 100,
+               std::nan(""),
+               replicas == 1 || replicas == 2 || replicas == 4 ? "<5" : "report",
+               {},
+               ""};
+      if (f.target == "<5") f.is_met = f.value < 5;
+      f.note =
+          fmt::format("CPU time of all ranks, 8 leaves, {:.0f} ms a step", median(exact_s) * 1e3);
+      print(f);
+    }
+  }
+
+  void balance() {
+    for (const int most : {4, 8, 16, 64}) {
+      job_spec spec =
+          small_job("balance", {fmt::format("elasticity.workers=1..{}", most), "batch.leaves=auto",
+                                "batch.micro=auto", "batch.global=2048 sequences"})
+              .spec;
+      double worst = 1;
+      int at = 1;
+      for (int n = 1; n <= most; ++n) {
+        const double b = leaf_balance(spec.batch.leaf_count, n);
+        if (b < worst) worst = b, at = n;
+      }
+      figure f{fmt::format("load balance with leaves auto, 1..{} workers, worst", most),
+               "",
+               static_cast<std::size_t>(most),
+               worst,
+               std::nan(""),
+               ">=0.90",
+               worst >= 0.9,
+               ""};
+      f.note = fmt::format("{} leaves; worst at {} replicas", spec.batch.leaf_count, at);
+      print(f);
+    }
+  }
+
+  // ---- one neighbour copy against none: a pipeline of two on two cores
+  // ----------------------------------
+  void copy_cost() {
+    std::vector<double> ratios, none_ms;
+    const job_file bare =
+        laid_out(small_job("none", {"elasticity.copies=0", "checkpoint.every=never"}), 2, 1, 2);
+    const job_file copied =
+        laid_out(small_job("one", {"elasticity.copies=1", "checkpoint.every=never"}), 2, 1, 2);
+    for (int round = 0; round < own_.rounds && !is_interrupted(); ++round) {
+      const double a = usual_step_ms(bare), b = usual_step_ms(copied);
+      none_ms.push_back(a);
+      ratios.push_back(b / a);
+    }
+    figure f{"cost of one neighbour copy, 2 stages, 32 microbatches",
+             "%",
+             ratios.size(),
+             (median(ratios) - 1) * 100,
+             std::nan(""),
+             "<10",
+             {},
+             ""};
+    f.is_met = f.value < 10;
+    f.note = fmt::format("wall time, two workers on two cores, {:.0f} ms a step", median(none_ms));
+    print(f);
+  }
+  double usual_step_ms(const job_file& job) {
+    live_job run(flags_, next_folder(), job, 2);
+    if (!run.is_up() || !run.settle(2, 60)) return std::nan("");
+    const auto steps = run.commits(5, 0);
+    std::vector<double> gaps;
+    for (std::size_t k = 1; k < steps.size(); ++k)
+      gaps.push_back(steps[k].unix_ms - steps[k - 1].unix_ms);
+    run.end();
+    return median(gaps);
+  }
+
+  const global_flags& flags_;
+  const elastic_flags& own_;
+  std::string folder_;
+  std::set<std::string> only_;
+  int runs_ = 0;
+};
+
+}  // namespace
+
+exit_code bench_elastic(const global_flags& flags, const elastic_flags& own) {
+  return elastic_run(flags, own).run();
+}
+
+}  // namespace stagecoach
