@@ -65,7 +65,7 @@ def work():
             for block in self.blocks:
                 x = block(x)
             logits = functional.linear(self.norm(x), self.wte.weight)
-            return functional.cross_entropy(logits.view(-1, VOCABULARY), targets.view(-1))
+            return functional.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
 
     torch.set_num_threads(1)
     torch.manual_seed(1234)
