@@ -328,7 +328,8 @@ struct trainer::implementation {
     is_memory_shown = false;
     save_first = save_at_start;
     options.emit(r);
-    if (c.retell_rank == my_rank) retell(c.retell_after);  // numbers: load_generation moved the rest
+    if (c.retell_rank == my_rank)
+      retell(c.retell_after);  // numbers: load_generation moved the rest
   }
 
   result<void> load_generation(commit& c) {
