@@ -1,7 +1,7 @@
 # The coordinator as a process: API, storage threads and the actor that holds the machines.
 add_library(sc_coordinator STATIC
   api.cpp api_page.cpp checkpoint_keeper.cpp coordinator_actor.cpp metrics_text.cpp run_history.cpp
-  state_folder.cpp store_writer.cpp submission.cpp)
+  state_folder.cpp store_writer.cpp submission.cpp vote_log.cpp)
 target_link_libraries(sc_coordinator
   PUBLIC sc_config sc_storage
   PRIVATE sc_log sc_machines sc_wire sc_planning sc_gateway CAF::core prometheus-cpp::core

@@ -471,6 +471,14 @@ api_outcome route_job(const http_request& r, const api_state& s, job_id id,
   if (what == "events") return events_of_job(r, s, id);
   if (what == "logs") return lines_of_job(r, s, id);
   if (what == "series") return series_of_job(r, s, id);
+  if (what == "generations") return api_generations{id};
+  if (what == "log") {
+    auto from = query_number(r, "from", 1);
+    auto to = query_number(r, "to", std::numeric_limits<std::uint64_t>::max());
+    for (const auto* n : {&from, &to})
+      if (!*n) return error_answer(n->err());
+    return api_log{id, *from, *to};
+  }
   if (what == "checkpoints") return api_checkpoints{id, std::nullopt, check_depth::quick};
   return no_such_path(r);
 }
@@ -538,6 +546,7 @@ json entry_json(const checkpoint_entry& entry, check_depth depth) {
          {"state_hash", m.state_hash},
          {"generation", m.generation},
          {"layout", m.layout},
+         {"chain", extra("chain")},
          {"loss", nullptr}};
   const auto bits = extra("loss");
   std::uint64_t loss = 0;
@@ -627,6 +636,46 @@ http_response checkpoints_answer(const std::vector<checkpoint_entry>& entries, c
     list.push_back(std::move(j));
   }
   return json_answer(200, {{"checkpoints", std::move(list)}});
+}
+
+http_response log_answer(const vote_log& log) {
+  json steps = json::array(), gaps = json::array();
+  for (const step_report& r : log.rows)
+    steps.push_back({{"step", r.step},
+                     {"loss", number(r.loss)},
+                     {"norm", number(r.norm)},
+                     {"loss_bits", hex16(r.loss.bits)},
+                     {"norm_bits", hex16(r.norm.bits)},
+                     {"skipped", r.skipped},
+                     {"chain", hex16(r.chain)},
+                     {"weights_hash", r.weights_hash},
+                     {"stage_hashes", r.stage_hashes},
+                     {"unix_ms", r.unix_ms}});
+  for (const auto& [first, last] : log.gaps) gaps.push_back({first, last});
+  json answer{{"steps", std::move(steps)}, {"gaps", std::move(gaps)}, {"next", nullptr}};
+  if (log.is_cut) answer["next"] = log.rows.back().step + 1;
+  return json_answer(200, answer);
+}
+
+http_response generations_answer(const std::vector<generation_record>& list) {
+  json rows = json::array();
+  const char* sources[] = {"initial", "live", "checkpoint"};
+  for (const generation_record& g : list) {
+    json members = json::array();
+    for (const plan_member& m : g.shape.members) members.push_back(m.name);
+    rows.push_back({{"generation", g.shape.generation},
+                    {"from_step", g.step},
+                    {"source", sources[static_cast<int>(g.source)]},
+                    {"stages", g.shape.shape.stage_count},
+                    {"replicas", g.shape.shape.replica_count},
+                    {"schedule", g.shape.shape.schedule},
+                    {"unit_cuts", g.shape.shape.unit_cuts},
+                    {"leaf_cuts", g.shape.shape.leaf_cuts},
+                    {"members", std::move(members)},
+                    {"reason", g.reason},
+                    {"unix_ms", g.unix_ms}});
+  }
+  return json_answer(200, {{"generations", std::move(rows)}});
 }
 
 http_response manifest_answer(const checkpoint_keeper& keeper, const job_place& job,

@@ -16,6 +16,7 @@
 #include "coordinator/gateway.hpp"
 #include "coordinator/run_history.hpp"
 #include "coordinator/submission.hpp"
+#include "coordinator/vote_log.hpp"
 
 namespace stagecoach {
 
@@ -49,12 +50,23 @@ struct api_manifest {
   job_id job{};
   std::uint64_t step = 0;
 };
+/// Rows of the vote log, from the store.
+struct api_log {
+  job_id job{};
+  std::uint64_t from = 1, to = 0;
+};
+struct api_generations {
+  job_id job{};
+};
 /// An event for the machine; the shell gives it a reply id.
 struct api_event {
   event what;
 };
-using api_outcome =
-    std::variant<http_response, api_submit, api_plan, api_checkpoints, api_manifest, api_event>;
+using api_outcome = std::variant<http_response, api_submit, api_plan, api_checkpoints, api_manifest,
+                                 api_log, api_generations, api_event>;
+
+/// Rows of one answer of the vote log.
+inline constexpr std::size_t log_rows_max = 10'000;
 
 api_outcome route(const http_request& request, const api_state& state);
 
@@ -68,6 +80,8 @@ http_response accepted_answer(const actions::reply_value& value, const cluster_m
 /// index: what the machine knows of them by step; for what stands in no manifest.
 http_response checkpoints_answer(const std::vector<checkpoint_entry>& entries, check_depth depth,
                                  const std::map<std::uint64_t, checkpoint_record>& index);
+http_response log_answer(const vote_log& log);
+http_response generations_answer(const std::vector<generation_record>& list);
 http_response manifest_answer(const checkpoint_keeper& keeper, const job_place& job,
                               const checkpoint_entry& entry);
 

@@ -225,6 +225,18 @@ class shell {
       reply(entry ? manifest_answer(world_.keeper, job, *entry) : error_answer(entry.err()));
     });
   }
+  void answer(const api_log& x, const question& q) {
+    world_.inspection.post([this, x, reply = q.reply] {
+      auto log = read_vote_log(*world_.store, x.job, x.from, x.to, log_rows_max);
+      reply(log ? log_answer(*log) : error_answer(log.err()));
+    });
+  }
+  void answer(const api_generations& x, const question& q) {
+    world_.inspection.post([this, x, reply = q.reply] {
+      auto list = read_generations(*world_.store, x.job);
+      reply(list ? generations_answer(*list) : error_answer(list.err()));
+    });
+  }
   void answer(api_event& x, const question& q) {
     if (refuse_without_store(q)) return;
     const reply_id id{next_reply_++};

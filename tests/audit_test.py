@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Silent corruption with real processes: a planted flip is found, the worker named, the run ends with the golden hash.
 
-usage: audit_test.py PROGRAM GROUP     GROUP: vote
+usage: audit_test.py PROGRAM GROUP     GROUP: vote | replay
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
+import json
 import sys
+import time
 
 sys.dont_write_bytecode = True
-from cluster import Cluster, check, explicit, job_file, main, same
+from cluster import Cluster, check, explicit, golden, job_file, main, same, say
 
 
 def corruption_of(cluster, job):
@@ -54,5 +56,64 @@ def group_vote():
             check(found == expected, f"{words}: found {found}")
 
 
+def group_replay():
+    steps = 120
+
+    def replay(cluster, *arguments):
+        done = cluster.cli("replay", *arguments)
+        say(f"replay {' '.join(arguments)}: {done.returncode} {done.stdout.strip()} {done.stderr.strip()}")
+        return done
+
+    # Killed and laid out anew in between: every window is identical on other layouts.
+    cluster = Cluster("replay-kills")
+    try:
+        cluster.start_coordinator()
+        for _ in range(4):
+            cluster.start_worker()
+        job = cluster.submit(job_file("replay-kills", steps, "1..4", explicit(2, 2), "20 steps", keep=10))
+        cluster.wait_step(job, 45)
+        cluster.kill(cluster.members(job)[1])
+        cluster.wait_step(job, 85)
+        cluster.kill_coordinator()
+        cluster.start_coordinator()
+        same(cluster.finish(job), steps, "a run with kills")
+        for arguments in (["--steps", "1:120"], ["--steps", "50:120", "--stages", "2", "--replicas", "2"],
+                          ["--steps", "35:58", "--workers", "3"]):
+            done = replay(cluster, job, *arguments)
+            first, last = arguments[1].split(":")
+            check(done.returncode == 0 and done.stdout.startswith(f"identical: steps {first} to {last}, "),
+                  f"replay {' '.join(arguments)} is identical")
+        done = replay(cluster, job, "--steps", "100:130")
+        check(done.returncode == 5 and "no step 130" in done.stderr, "a window beyond the log is refused")
+        done = replay(cluster, job, "--steps", "9:3")
+        check(done.returncode == 2, "a window that ends before it begins is refused")
+    finally:
+        cluster.close()
+
+    # A flip that no vote can see: one pipeline.
+    cases = [("one worker, flip at a checkpoint", 1, 1, "flip@60:h.2.attn.c_attn.weight", 60, "h.2.attn.c_attn.weight"),
+             ("two stages, flip between checkpoints", 2, 2, "flip@50:h.3.mlp.c_fc.weight", 50, None)]
+    for i, (words, stages, injected, fault, step, tensor) in enumerate(cases):
+        cluster = Cluster(f"replay{i}")
+        try:
+            cluster.start_coordinator()
+            # Attached one by one, so that stages are seated in this order.
+            for n in range(1, stages + 1):
+                cluster.start_worker(*(["--inject", fault] if n == injected else []))
+                time.sleep(0.5)
+            job = cluster.submit(job_file(f"replay{i}", steps, str(stages), explicit(stages, 1), "20 steps", keep=10))
+            view = cluster.finish(job)
+            check(view["state"] == "COMPLETED" and view["weights_hash"] != golden(steps), f"{words}: nobody noticed")
+            done = replay(cluster, job, "--steps", "41:80", "--workers", "2", "-o", "json")
+            found = json.loads(done.stdout)
+            check(done.returncode == 1 and not found["identical"] and found["step"] == step, f"{words}: step {step}")
+            check(found["workers"] == [f"w{injected}"], f"{words}: held by {found['workers']}")
+            if tensor:
+                check(found["tensors"] == [tensor] and found["checkpoint"] == step, f"{words}: {found['tensors']}")
+            check(replay(cluster, job, "--steps", "1:40").returncode == 0, f"{words}: before it all is identical")
+        finally:
+            cluster.close()
+
+
 if __name__ == "__main__":
-    sys.exit(main({"vote": group_vote}))
+    sys.exit(main({"vote": group_vote, "replay": group_replay}))

@@ -52,6 +52,7 @@ void add_job_commands(
 void add_cluster_commands(command_line c);  // tools/cluster.cpp: workers drain undrain
 void add_checkpoint_commands(
     command_line c);                     // tools/checkpoints.cpp: checkpoints hash export sample
+void add_replay(command_line c);         // tools/replay.cpp
 void add_file_commands(command_line c);  // tools/files.cpp: init data certs version
 
 /// "error: ..." on stderr (or {"error": ...} with -o json) and the exit code of its kind.

@@ -496,18 +496,6 @@ result<void> step_runner::tie_gradients(std::uint64_t step) {
   return got;
 }
 
-void step_runner::note_stage_hashes(const std::vector<ballot>& ballots) {
-  stage_hashes_.clear();
-  const int stages = plan_.shape.stage_count;
-  for (int s = 0; s < stages && stages > 1; ++s) {
-    tensor_hash sum;
-    for (const auto& [tensor, hash] :
-         ballots[static_cast<std::size_t>(plan_.rank_of(s, 0))].weights)
-      if (tensor != 0 || s == 0) sum += hash;  // the tied matrix counts where the embedding is
-    stage_hashes_.push_back(to_string(sum));
-  }
-}
-
 /// "after step 7 ranks 0, 2 hold other bits than the rest in h.0.ln_1.weight and 3 more tensors"
 std::string step_runner::describe(const weights_dispute& d) const {
   std::string ranks;
@@ -572,7 +560,10 @@ result<vote_result> step_runner::vote(std::uint64_t step, std::uint64_t chain,
   if (dispute_) {
     return make_error(errc::corrupt, "silent corruption: {}", describe(*dispute_));
   }
-  note_stage_hashes(ballots);
+  voted_weights_.assign(all_tensors(spec_.model).size(), {});
+  for (const ballot& b : ballots)
+    for (const auto& [tensor, hash] : b.weights)
+      if (tensor < voted_weights_.size()) voted_weights_[tensor] = hash;
   auto counted = count_votes(spec_, ballots, all_tensors(spec_.model).size());
   if (!counted) return counted;
   if (orders) std::tie(counted->orders, counted->order_ids) = orders(step);

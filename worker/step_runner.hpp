@@ -64,8 +64,8 @@ class step_runner {
   result<vote_result> compute(std::uint64_t step, std::uint64_t chain, const order_source& orders);
   /// Why compute() failed with corrupt, where the ranks' weights differ; rank 0 alone knows.
   const std::optional<weights_dispute>& dispute() const { return dispute_; }
-  /// Rank 0 of several stages: each stage's part of the newest vote's weights hash.
-  const std::vector<std::string>& stage_hashes() const { return stage_hashes_; }
+  /// Rank 0: the weights that the newest compute() found all ranks to hold, by tensor index.
+  const std::vector<tensor_hash>& voted_weights() const { return voted_weights_; }
   /// Applies the vote to the tensors whose moments are here. has_pending() must hold for vote.step.
   void apply(const vote_result& vote);
   /// After apply: with a sharded optimizer, owners give the updated parameters to the replicas that
@@ -107,7 +107,6 @@ class step_runner {
   result<void> send_to_copies(std::uint64_t step);
   result<void> receive_for_copies(std::uint64_t step);
   result<vote_result> vote(std::uint64_t step, std::uint64_t chain, const order_source& orders);
-  void note_stage_hashes(const std::vector<ballot>& ballots);
   std::string describe(const weights_dispute& d) const;
   void load_samples(std::uint64_t step, int microbatch);
 
@@ -146,7 +145,7 @@ class step_runner {
   std::uint64_t step_ = 0, pending_step_ = 0;
   step_times times_;
   std::optional<weights_dispute> dispute_;
-  std::vector<std::string> stage_hashes_;
+  std::vector<tensor_hash> voted_weights_;
   std::function<void(std::uint64_t)> middle_;
   pulse_counter* pulse_ = nullptr;
   std::atomic<bool> cancelled_{false};

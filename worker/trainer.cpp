@@ -21,9 +21,9 @@
 #include "model/stage.hpp"
 #include "model/tensor_names.hpp"
 #include "storage/dataset.hpp"
-#include "storage/huggingface.hpp"
 #include "storage/part.hpp"
 #include "worker/step_runner.hpp"
+#include "worker/window_run.hpp"
 
 namespace stagecoach {
 namespace {
@@ -565,49 +565,20 @@ struct trainer::implementation {
     return ok();
   }
 
+  static std::function<state_target(const std::string&)> places_of(const new_state& target) {
+    return [&target](const std::string& name) {
+      const state_place place = target.place(name);
+      return state_target{place.parameter, place.moment1, place.moment2};
+    };
+  }
+
   result<void> initialise(const job_spec& wanted, const new_state& target) {
-    const std::string& init = wanted.model.init;
-    for (const tensor_info& t : target.tensors()) {
-      const state_place place = target.place(t.name);
-      stagecoach::initialise(place.parameter, t, wanted.model);
-      for (float* moment : {place.moment1, place.moment2})
-        if (moment != nullptr) std::memset(moment, 0, static_cast<std::size_t>(t.count()) * 4);
-    }
-    if (init.rfind("hf:", 0) != 0) return ok();
-    auto folder = hf_folder::open(init.substr(3));
-    if (!folder) return folder.err();
-    for (const tensor_info& t : target.tensors()) {
-      if (auto got = folder->read(t.name, target.place(t.name).parameter); !got) return got;
-    }
-    return ok();
+    return read_initial_state(wanted.model, target.tensors(), places_of(target));
   }
 
   result<void> read_checkpoint(const commit& c, const new_state& target) {
-    std::map<std::string, const part_record*> where;
-    for (const part_record& p : c.parts)
-      for (const std::string& t : p.tensors) where.emplace(t, &p);
-    std::map<std::string, part_file> open_parts;
-    for (const tensor_info& t : target.tensors()) {
-      if (is_interrupted()) return error{errc::cancelled, "dropped"};
-      const auto found = where.find(t.name);
-      if (found == where.end())
-        return make_error(errc::corrupt, "checkpoint of step {} has no tensor {}", c.step, t.name);
-      const part_record& p = *found->second;
-      auto at = open_parts.find(p.file);
-      if (at == open_parts.end()) {
-        auto opened = part_file::open(std::filesystem::path(p.folder) / p.file, p.root_hash);
-        if (!opened) return opened.err();
-        at = open_parts.emplace(p.file, std::move(*opened)).first;
-      }
-      const state_place place = target.place(t.name);
-      for (auto [name, into] : {std::pair{t.name, place.parameter},
-                                {"opt.m." + t.name, place.moment1},
-                                {"opt.v." + t.name, place.moment2}}) {
-        if (into == nullptr) continue;  // moments that another replica keeps
-        if (auto got = at->second.read(name, into, 0, t.count()); !got) return got;
-      }
-    }
-    return ok();
+    return read_state(c.parts, target.tensors(), places_of(target),
+                      [this] { return is_interrupted(); });
   }
 
   // After the first step of a generation, when the gradient buffers are there too.
@@ -771,7 +742,8 @@ struct trainer::implementation {
     r.skipped = !vote.finite;
     r.chain = vote.chain;
     r.weights_hash = vote.weights_hash;
-    r.stage_hashes = runner->stage_hashes();
+    if (shape.shape.stage_count > 1)
+      r.stage_hashes = stage_hashes(spec.model, shape.shape, runner->voted_weights());
     r.step_us = us_since(last_step_time);
     r.unix_ms = unix_ms();
     last_step_time = clock::now();

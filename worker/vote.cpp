@@ -157,6 +157,22 @@ result<vote_result> decode_vote(std::span<const std::byte> bytes) {
   return v;
 }
 
+std::vector<std::string> stage_hashes(const model_spec& model, const layout& shape,
+                                      const std::vector<tensor_hash>& weights) {
+  std::vector<std::string> hashes;
+  for (int s = 0; s < shape.stage_count; ++s) {
+    const int first = shape.unit_cuts[static_cast<std::size_t>(s)];
+    const int last = shape.unit_cuts[static_cast<std::size_t>(s) + 1];
+    tensor_hash sum;
+    for (const tensor_info& t : stage_tensors(model, first, last)) {
+      if (t.unit < first || t.unit >= last) continue;  // the tied matrix counts where it embeds
+      sum += weights[static_cast<std::size_t>(t.index)];
+    }
+    hashes.push_back(to_string(sum));
+  }
+  return hashes;
+}
+
 std::uint64_t next_chain(std::uint64_t chain, std::uint64_t step, double loss, double norm) {
   std::uint64_t words[4] = {chain, step, std::bit_cast<std::uint64_t>(loss),
                             std::bit_cast<std::uint64_t>(norm)};

@@ -59,6 +59,10 @@ result<vote_result> count_votes(const job_spec& spec, const std::vector<ballot>&
 /// tied matrix is also held by two stages. None: all agree.
 std::optional<weights_dispute> find_dispute(const std::vector<ballot>& ballots);
 
+/// Each stage's part of the weights, by stage. weights: by tensor index.
+std::vector<std::string> stage_hashes(const model_spec& model, const layout& shape,
+                                      const std::vector<tensor_hash>& weights);
+
 std::uint64_t next_chain(std::uint64_t chain, std::uint64_t step, double loss, double norm);
 
 }  // namespace stagecoach
