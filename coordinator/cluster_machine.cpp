@@ -160,6 +160,26 @@ void cluster_machine::join(worker& w) {
   }
 }
 
+/// One that its job gave up as silent is heard again, on the same channel, while the job still
+/// looks for it: as if it had greeted anew.
+bool cluster_machine::readmit(worker& w, const beat& b) {
+  const auto claimed = jobs_.find(static_cast<job_id>(b.job));
+  if (w.job != job_id{} || claimed == jobs_.end() || !claimed->second.expects(w.record.id)) {
+    return false;
+  }
+  w.job = claimed->first;
+  hello greeting = w.greeting;
+  greeting.job = b.job;
+  greeting.generation = b.generation;
+  greeting.phase = b.phase;
+  greeting.step = b.step;
+  tell(w.job, job_events::worker_connected{w.record.id, greeting});
+  if (w.record.is_drained && w.job == claimed->first) {
+    tell(w.job, job_events::worker_draining{w.record.id, true, w.record.drain_reason});
+  }
+  return true;
+}
+
 void cluster_machine::stop_stale(worker& w, std::uint64_t job, const std::string& why) {
   if (w.told_to_stop_ms >= 0 && now_ms_ - w.told_to_stop_ms < stop_again_ms) return;
   w.told_to_stop_ms = now_ms_;
@@ -204,7 +224,7 @@ void cluster_machine::on(const events::worker_said& e) {
     w->step = b->step;
     w->is_stuck = b->job == 0 && b->activity != static_cast<int>(trainer_activity::idle) &&
                   b->stands_ms >= rules_.stand_ms;
-    if (b->job != 0 && static_cast<job_id>(b->job) != w->job) {
+    if (b->job != 0 && static_cast<job_id>(b->job) != w->job && !readmit(*w, *b)) {
       stop_stale(*w, b->job, "the job goes on without this worker");
     }
     // Also a beat that names no job is a sign of life to the job that waits for an answer.

@@ -209,6 +209,7 @@ class cluster_machine {
   std::string described(const job_machine& job) const;
   void attach(connection_id connection, const hello& greeting);
   void refuse(connection_id connection, const std::string& why, bool is_final);
+  bool readmit(worker& w, const beat& b);
   void stop_stale(worker& w, std::uint64_t job, const std::string& why);
   void tell(job_id job, const job_event& e);
   void take(std::vector<action> from);

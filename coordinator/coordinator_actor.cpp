@@ -264,7 +264,10 @@ class shell {
     enqueue(machine_.step(e));
     carry_out();
   }
+  /// Time stands still while a write is waited for: what is to be sent after it (a prepare) has
+  /// not been sent, so nobody is late with an answer. A tick after a gap counts a second at most.
   void tick() {
+    if (waiting_for_ != 0) return;
     ticked_ms_ = steady_ms();
     enqueue(machine_.step(events::tick{ticked_ms_, unix_ms_now()}));
   }

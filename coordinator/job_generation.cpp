@@ -11,7 +11,8 @@
 namespace stagecoach {
 
 // ---- losses ----
-void job_machine::lose(const std::map<worker_id, std::string>& lost) {
+/// are_hopeless: their state can't be had (dead, or a trainer that stands still).
+void job_machine::lose(const std::map<worker_id, std::string>& lost, bool are_hopeless) {
   bool breaks_generation = false;
   std::string last;
   for (const auto& [worker, why] : lost) {
@@ -25,11 +26,18 @@ void job_machine::lose(const std::map<worker_id, std::string>& lost) {
     note("worker_lost", fmt::format("{}: {}", m.facts.name, why),
          {{"worker", m.facts.name}, {"host", m.facts.host}, {"step", std::to_string(m.step)}},
          is_in_plan ? "warn" : "info");
-    if (m.is_connected) send(worker, stop_stage{value(id()), "given up: " + why});
-    // Silent is not dead: it may stand at a newer step than the others, so it is worth a wait.
+    // Silent is not dead: it may stand at a newer step than the others, or hold what nobody else
+    // does. So it is worth a wait, and it is not told to forget its state: when it is heard again
+    // in time, it is asked like the others (cluster_machine, expects).
     const std::string verdict = verdict_on(worker);
-    const bool is_silent = verdict.empty() ? m.is_connected : verdict != "gone";
-    if (is_silent && is_in_plan) sought_.insert(worker);
+    const bool is_said_dead =
+        verdict.empty() ? !m.is_connected && !m.lost_by.empty() : verdict == "gone";
+    if (is_in_plan && !are_hopeless && distrusted_.count(worker) == 0) {
+      missed_.insert(worker);
+      if (!is_said_dead) sought_.insert(worker);
+    } else if (m.is_connected) {
+      send(worker, stop_stage{value(id()), "given up: " + why});
+    }
     release(worker, why, true);
   }
   if (breaks_generation) {
@@ -38,8 +46,7 @@ void job_machine::lose(const std::map<worker_id, std::string>& lost) {
     is_after_loss_ = true;
     if (loss_ms_ < 0) loss_ms_ = now_ms_;
   }
-  const bool is_waiting_for_others = phase_ == phase::adopting && !sought_.empty();
-  if (members_.empty() && !is_waiting_for_others) {
+  if (members_.empty() && sought_.empty()) {
     return leave_workers(job_state::pending,
                          "all its workers were lost; starts again from its "
                          "newest checkpoint when there are workers");
@@ -121,12 +128,13 @@ void job_machine::consider_decision() {
   }
   const int count = static_cast<int>(answered.size());
   const bool is_short = count < workers_least();
+  const bool is_hopeful = silent_count() > 0 && now_ms_ - prepare_began_ms_ < rules_.minority_wait;
   const bool waits_for_all = is_after_loss_ && record_.spec.elasticity.on_loss == "wait" &&
                              count < std::min(planned_count(), workers_most());
   if (is_short || waits_for_all) {
     const int wanted = is_short ? workers_least() : planned_count();
     // Without state there is nothing to keep these workers for; the queue may use them better.
-    if (is_short && !has_state) {
+    if (is_short && !has_state && !is_hopeful) {
       return leave_workers(job_state::pending,
                            fmt::format("{} of {} workers answered", count, wanted));
     }
@@ -215,14 +223,22 @@ void job_machine::decide(const std::vector<member*>& answered) {
   if (!is_held_back(0)) commit_generation(c);
 }
 
+/// Of the newest plan, not known to be dead, and without an answer to this prepare.
+int job_machine::silent_count() const {
+  const auto mute = std::count_if(members_.begin(), members_.end(), [](const auto& m) {
+    return m.second.rank >= 0 && !m.second.answer;
+  });
+  return static_cast<int>(sought_.size()) + static_cast<int>(mute);
+}
+
 /// A member that is silent, but not known to be dead, may stand at the newest step that was
 /// reported.
 bool job_machine::is_held_back(std::uint64_t step) {
-  if (step >= reported_step_ || sought_.empty()) return false;
+  if (step >= reported_step_ || silent_count() == 0) return false;
   if (now_ms_ - prepare_began_ms_ >= rules_.minority_wait) return false;
   waits_for_ =
       fmt::format("step {} was reported, those who answer have {}; waits for {} silent ones",
-                  reported_step_, step, sought_.size());
+                  reported_step_, step, silent_count());
   return true;
 }
 
@@ -262,6 +278,14 @@ void job_machine::commit_generation(const choice& c) {
   actions::save batch;
   batch.rows.push_back(record_row());
   batch.rows.push_back({keys::generation(id(), number_), to_json_text(*generation_)});
+  if (c.source == source_kind::checkpoint) {
+    // Newer ones were read and found damaged: what they stood for is not durable, so live state
+    // that is older than they is worth more.
+    for (auto x = checkpoints_.upper_bound(c.step); x != checkpoints_.end();) {
+      batch.rows.push_back({keys::checkpoint(id(), x->first), std::nullopt});
+      x = checkpoints_.erase(x);
+    }
+  }
   if (c.source == source_kind::checkpoint && checkpoints_.count(c.step) == 0) {
     // On disk but not in the index, which was lost or older.
     checkpoint_record row{id(),
@@ -327,6 +351,7 @@ void job_machine::commit_generation(const choice& c) {
     release(worker, why, !m.answer);
   }
   sought_.clear();
+  missed_.clear();
   resumed_step_.reset();
   reported_step_ = c.step;
   step_us_.clear();
@@ -422,6 +447,7 @@ void job_machine::consider_adoption() {
     const auto missing = planned_count() - static_cast<int>(planned().size());
     const std::string why = fmt::format("{} workers did not return to the coordinator", missing);
     note("worker_lost", why, {}, "warn");
+    missed_.insert(sought_.begin(), sought_.end());
     sought_.clear();
     if (members_.empty()) {
       return leave_workers(job_state::pending, why + "; starts again from its newest checkpoint");

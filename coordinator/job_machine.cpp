@@ -69,6 +69,7 @@ void job_machine::on(const job_events::workers_given& e) {
     members_[facts.id] = std::move(m);
     sought_.erase(facts.id);
     distrusted_.erase(facts.id);
+    missed_.erase(facts.id);
   }
   if (is_end(record_.state) || record_.state == job_state::paused) {
     release_all("the job takes no workers");
@@ -94,6 +95,7 @@ void job_machine::on(const job_events::worker_connected& e) {
     }
     members_[e.worker] = std::move(m);
     sought_.erase(e.worker);
+    missed_.erase(e.worker);
   }
   member& m = members_.at(e.worker);
   m.is_connected = true;
@@ -161,9 +163,9 @@ void job_machine::on(const job_events::worker_disconnected& e) {
 }
 
 void job_machine::on(const job_events::worker_gone& e) {
-  sought_.erase(e.worker);
-  if (members_.count(e.worker) != 0) lose({{e.worker, e.why}});
   sought_.erase(e.worker);  // known dead: nothing to wait for
+  missed_.erase(e.worker);
+  if (members_.count(e.worker) != 0) lose({{e.worker, e.why}}, true);
   advance();
 }
 
@@ -443,8 +445,7 @@ void job_machine::said(member& m, const log_line& x) {
 
 void job_machine::said(member& m, const goodbye& x) {
   const worker_id worker = m.facts.id;
-  lose({{worker, "said goodbye: " + x.reason}});
-  sought_.erase(worker);
+  lose({{worker, "said goodbye: " + x.reason}}, true);
 }
 
 /// The chain is a hash over all losses and norms so far: one step, one chain, whoever computes it.
@@ -532,6 +533,7 @@ void job_machine::leave_workers(job_state state, const std::string& reason) {
   drop_yield();
   enter(phase::none);
   sought_.clear();
+  missed_.clear();
   short_since_ms_ = -1;
   waits_for_.clear();
   hold_reason_.clear();
@@ -722,7 +724,8 @@ std::vector<worker_id> job_machine::workers() const {
 }
 
 bool job_machine::expects(worker_id id) const {
-  if (phase_ == phase::none || !generation_ || sought_.count(id) == 0) return false;
+  if (phase_ == phase::none || !generation_) return false;
+  if (sought_.count(id) == 0 && missed_.count(id) == 0) return false;
   const bool can_join = phase_ == phase::adopting || phase_ == phase::backing_off ||
                         phase_ == phase::preparing || phase_ == phase::finding;
   const auto& members = generation_->shape.members;

@@ -464,7 +464,7 @@ class job_machine {
   std::int64_t stand_ms_max() const;
   const member* end_of_wait(const member& m) const;
   void watch_progress();
-  void lose(const std::map<worker_id, std::string>& lost);
+  void lose(const std::map<worker_id, std::string>& lost, bool are_hopeless = false);
   bool count_failure(const std::string& why);  // false: over the budget, the job has failed
   void fail_generation(const std::string& why);
 
@@ -484,6 +484,7 @@ class job_machine {
   void ask(member& m);
   void consider_decision();
   void decide(const std::vector<member*>& answered);
+  int silent_count() const;
   bool is_held_back(std::uint64_t step);
   void commit_generation(const choice& c);
   void send_commit(const member& m);
@@ -571,6 +572,7 @@ class job_machine {
   std::set<worker_id> sought_lost_;         // of these: a peer says that its link to it closed
   std::map<worker_id, inquiry> inquiries_;  // about members and sought ones
   std::int64_t short_since_ms_ = -1;        // too few workers since; -1: enough
+  std::set<worker_id> missed_;  // of it and not here: asked again if they come back in time
   std::string waits_for_;
   std::uint64_t request_ = 0;                      // find_checkpoint under way
   bool has_looked_ = false;                        // and answered, for this number
@@ -613,7 +615,6 @@ class job_machine {
   std::int64_t no_change_before_ms_ = 0;
   std::string hold_reason_;
   std::map<order_kind, std::uint64_t> orders_;  // given in this hold, with their ids
-  std::uint64_t order_base_step_ = 0;           // newest reported when they were given
   std::int64_t held_ms_ = -1;                   // all stand since
   std::optional<std::uint64_t> resumed_step_;   // newest step at which a hold of this plan ended
   bool has_save_failed_ = false;                // since they were given

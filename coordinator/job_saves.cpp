@@ -63,7 +63,6 @@ void job_machine::start_hold(const std::string& reason, std::set<order_kind> ord
   hold_reason_ = reason;
   orders_.clear();
   for (const order_kind kind : orders) orders_[kind] = next_order_++;
-  order_base_step_ = reported_step_;
   held_ms_ = -1;
   has_save_failed_ = false;
   waits_for_.clear();
@@ -74,10 +73,13 @@ void job_machine::start_hold(const std::string& reason, std::set<order_kind> ord
 
 void job_machine::give_orders() {
   for (const member* m : planned()) {
-    if (m->rank != 0 || !m->is_connected) continue;
-    for (const auto& [kind, order] : orders_) {
-      send(m->facts.id, give_order{value(id()), number_, order, static_cast<int>(kind)});
-    }
+    if (m->rank != 0 || !m->is_connected || orders_.empty()) continue;
+    // One message: of two, a vote could come between, and the hold would stand a step after its
+    // save.
+    const auto& [kind, order] = *orders_.rbegin();
+    std::uint64_t with = 0;
+    for (const auto& [other, unused] : orders_) with |= other == kind ? 0 : order_bit(other);
+    send(m->facts.id, give_order{value(id()), number_, order, static_cast<int>(kind), with});
   }
 }
 
@@ -102,7 +104,7 @@ void job_machine::consider_hold() {
   }
   if (held_ms_ < 0) held_ms_ = now_ms_;
   const auto newest = newest_saved();
-  const bool is_saved = newest && (*newest > order_base_step_ || *newest >= step);
+  const bool is_saved = newest && *newest >= step;
   const bool is_save_hopeless = has_save_failed_ || now_ms_ - held_ms_ >= rules_.order_wait;
 
   if (hold_reason_ == "cancel") {

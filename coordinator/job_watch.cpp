@@ -275,7 +275,7 @@ void job_machine::watch_progress() {
     }
   }
   if (!stuck.empty()) {
-    lose(stuck);
+    lose(stuck, true);
   } else if (!circle.empty()) {
     fail_generation(circle);
   }

@@ -297,6 +297,7 @@ struct run_stage {
 struct give_order {  // to rank 0; acts after the step in whose vote it rides
   std::uint64_t job = 0, generation = 0, order = 0;  // order: id, for events
   int kind = 0;                                      // order_kind
+  std::uint64_t with = 0;  // bits of others that ride in the same vote: a save and its hold
 };
 
 struct resume_stage {  // ends a hold without a new plan; to every member
@@ -466,7 +467,7 @@ STAGECOACH_FIELDS(commit, v("plan", m.shape), v("spec", m.spec), v("source", m.s
                   v("retell_rank", m.retell_rank), v("retell_after", m.retell_after))
 STAGECOACH_FIELDS(run_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation), v("order", m.order),
-                  v("kind", m.kind))
+                  v("kind", m.kind), v("with", m.with))
 STAGECOACH_FIELDS(resume_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(checkpoint_durable, v("job", m.job), v("step", m.step))
 STAGECOACH_FIELDS(stop_stage, v("job", m.job), v("reason", m.reason))

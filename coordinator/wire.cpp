@@ -125,6 +125,7 @@ std::string check(const feed& m) {
 }
 std::string check(const audit& m) { return check(m.spec.model); }
 std::string check(const give_order& m) {
+  if (m.with >> order_kind_count != 0) return fmt::format("with: {} has unknown orders", m.with);
   if (m.kind >= 0 && m.kind < order_kind_count) return {};
   return fmt::format("kind: {} is not one of the {} known orders", m.kind, order_kind_count);
 }

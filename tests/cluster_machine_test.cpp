@@ -174,6 +174,25 @@ TEST_CASE("a worker that runs a job that is unknown is told to stop") {
   CHECK(sent<stop_stage>(out)[0].second.job == 77);
 }
 
+TEST_CASE("a worker that froze and thaws on the same channel is asked by its job again") {
+  // Found by: stagecoach_sim --seed 91: it was told to forget the last copy of ten steps.
+  bench b;
+  b.attach(1, "a");
+  const job_id job = b.submit(small_spec(1, 1));
+  prepared answer;
+  answer.job = value(job);
+  answer.number = 1;
+  b.step(events::worker_said{at(1), answer});
+  const std::uint64_t hash = plan_hash(b.machine.jobs().at(job).generation()->shape);
+  b.step(events::worker_said{at(1), ready{value(job), 1, hash, 0, ""}});
+  for (int i = 0; i < 101; ++i) b.tick(100);
+  CHECK(b.state(job) == "RECOVERING");
+  const auto back = b.step(
+      events::worker_said{at(1), beat{value(job), 1, 5, static_cast<int>(worker_phase::running)}});
+  CHECK(sent<stop_stage>(back).empty());
+  CHECK(sent<prepare>(back).size() == 1);
+}
+
 TEST_CASE("what the coordinator slept through is not the workers' silence") {
   bench b;
   const job_id job = b.submit(small_spec(1, 1));

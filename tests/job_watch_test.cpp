@@ -282,7 +282,7 @@ TEST_CASE("after a restart, who is known dead is not waited for") {
   CHECK(b.machine.phase_name() == std::string("preparing"));
 }
 
-TEST_CASE("a single worker whose connection closed is lost after its grace") {
+TEST_CASE("a single worker whose connection closed is lost after its grace, and still waited for") {
   job_spec s = small_spec(1, 1);
   bench b(s);
   b.give({1});
@@ -293,6 +293,11 @@ TEST_CASE("a single worker whose connection closed is lost after its grace") {
   CHECK(b.machine.state() == job_state::running);
   const auto lost = b.tick(200);
   CHECK(all_of<actions::release>(lost).size() == 1);
+  CHECK(b.machine.state() == job_state::recovering);
+  CHECK(b.machine.expects(static_cast<worker_id>(1)));  // it may be alive and hold the newest step
+  b.tick(9'900);
+  CHECK(b.machine.state() == job_state::recovering);
+  b.tick(200);
   CHECK(b.machine.state() == job_state::pending);
 }
 

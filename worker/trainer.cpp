@@ -696,7 +696,7 @@ struct trainer::implementation {
     {
       std::lock_guard lock(mutex);
       for (const give_order& o : orders) {
-        bits |= order_bit(static_cast<order_kind>(o.kind));
+        bits |= order_bit(static_cast<order_kind>(o.kind)) | o.with;
         ids.push_back(o.order);
       }
       orders.clear();

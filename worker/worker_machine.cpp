@@ -24,7 +24,7 @@ std::vector<worker_action> worker_machine::step(const worker_event& e) {
 void worker_machine::on(const worker_events::connected& e) {
   is_connected_ = true;
   is_welcome_ = false;
-  if (job_ != 0) step_ = std::max(step_, e.step);
+  follow(e.step);
   out_.push_back(worker_actions::send{greeting()});
 }
 
@@ -49,7 +49,7 @@ void worker_machine::watch_pulse(const worker_events::tick& e) {
 void worker_machine::on(const worker_events::tick& e) {
   watch_pulse(e);
   now_ms_ = e.now_ms;
-  if (job_ != 0) step_ = std::max(step_, e.step);
+  follow(e.step);
   const std::int64_t stands_ms = own_ms_ - moved_own_ms_;
   const bool is_odd = phase_ == worker_phase::running && stands_ms >= odd_stand_ms;
   const std::int64_t due_ms = is_odd ? next_beat_ms_ - beat_ms_ + odd_beat_ms : next_beat_ms_;
@@ -275,6 +275,12 @@ void worker_machine::said(const probed& x) {
 }
 
 // ---- small ones ----
+/// The trainer's step counter counts while it runs; before, it is that of a generation that is
+/// gone.
+void worker_machine::follow(std::uint64_t step) {
+  if (phase_ == worker_phase::running) step_ = std::max(step_, step);
+}
+
 void worker_machine::send(to_coordinator message) {
   if (is_connected_) out_.push_back(worker_actions::send{std::move(message)});
 }

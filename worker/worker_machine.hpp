@@ -132,6 +132,7 @@ class worker_machine {
   }
 
   void watch_pulse(const worker_events::tick& e);
+  void follow(std::uint64_t step);
   void send(to_coordinator message);
   void pass_on(to_coordinator message);  // now, or after the next welcome
   void tell(to_worker message);
