@@ -18,6 +18,9 @@
 
 namespace stagecoach::sim {
 
+/// At most so much of a message stands in a trace.
+std::string words(std::string text);
+
 class cluster {
  public:
   cluster(std::uint64_t seed, bool is_loud) : random_(seed), is_loud_(is_loud) { set_up(seed); }
@@ -27,6 +30,7 @@ class cluster {
       p->channel = nullptr;
       p->deferred.clear();
     }
+    for (auto& [id, c] : connections_) c->whom->deferred.clear();
   }
   outcome run();
 
@@ -51,10 +55,12 @@ class cluster {
     });
   }
   /// Runs on a process: not if it is dead, later if it is frozen.
-  void on(const process_ptr& p, us delay, std::function<void()> what) {
+  template <class P>
+  void on(const P& p, us delay, std::function<void()> what) {
     in(delay, [this, p, what = std::move(what)] { on_now(p, what); });
   }
-  void on_now(const process_ptr& p, const std::function<void()>& what) {
+  template <class P>
+  void on_now(const P& p, const std::function<void()>& what) {
     if (!p->is_alive) return;
     if (p->is_frozen) {
       p->deferred.push_back(what);
@@ -62,11 +68,23 @@ class cluster {
       what();
     }
   }
+  template <class P>
+  void thaw(const P& p) {
+    p->is_frozen = false;
+    auto late = std::move(p->deferred);
+    p->deferred.clear();
+    for (auto& what : late) on_now(p, what);
+  }
   std::uint64_t draw(std::uint64_t from, std::uint64_t to) {  // inclusive
     return from + random_() % (to - from + 1);
   }
   us delay(us from, us to) {
     return static_cast<us>(draw(static_cast<std::uint64_t>(from), static_cast<std::uint64_t>(to)));
+  }
+  /// How long a write takes; now and then a disk is slow.
+  us write_time(us usual_max) {
+    const bool is_slow = are_faults_on_ && chance(rates_.disk_slow);
+    return is_slow ? delay(usual_max, 4 * second) : delay(200, usual_max);
   }
   us travel() {
     const bool is_slow = are_faults_on_ && chance(rates_.slow);
@@ -96,17 +114,33 @@ class cluster {
 
   // ---- coordinator ----
   void start_coordinator();
-  void crash_coordinator(const char* why);
-  void tell(const event& e);
-  void pump();
-  void carry_out(action& a);
-  void do_save(const actions::save& s);
+  void crash(const coordinator_ptr& c, const char* why);
+  void freeze_coordinator();
+  void tell(const event& e) {
+    if (coordinator_) on_now(coordinator_, [this, c = coordinator_, e] { tell(c, e); });
+  }
+  void tell(const coordinator_ptr& c, const event& e);
+  void tick(const coordinator_ptr& c);
+  void pump(const coordinator_ptr& c);
+  void carry_out(const coordinator_ptr& c, action& a);
+  void start_save(const coordinator_ptr& c);
+  void write_rows(const std::vector<actions::row>& rows);
+
   // ---- oracle ----
+  const truth& truth_of(std::uint64_t job);
+  void check_row(const std::string& key, const std::string& value);
   void check_record(const job_record& record);
-  void check_commit(const commit& c);
   void check_nothing_lost(const commit& c);
   void check_manifest(const actions::write_manifest& m);
+  void check_sent(const std::shared_ptr<connection>& c, const to_worker& message);
+  void check_decided(const coordinator_ptr& by, const commit& c);
+  void check_commit(const coordinator_ptr& by, const commit& c);
   void check_state(const toy_trainer& t);
+  void check_drop(const process_ptr& p, const char* why);
+  void heard(const std::shared_ptr<connection>& c, const to_coordinator& message);
+  std::optional<std::uint64_t> newest_held(std::uint64_t job, const std::vector<prepared>& by);
+  std::optional<std::uint64_t> newest_kept(std::uint64_t job, const process_ptr& without);
+  prepared holding_of(const process_ptr& p);
   // ---- jobs compete ----
   void change_priority();
   void check_preemption(const event_record& e);
@@ -121,7 +155,7 @@ class cluster {
   void dial(const process_ptr& p);
   void cut(const std::shared_ptr<connection>& c, us to_worker, us to_coordinator);
   void up(const process_ptr& p, const to_coordinator& message);
-  void down(connection_id id, const to_worker& message);
+  void down(const coordinator_ptr& from, connection_id id, const to_worker& message);
 
   // ---- workers ----
   void step_worker(const process_ptr& p, const worker_event& e);
@@ -141,7 +175,7 @@ class cluster {
   void count_ballots(const process_ptr& zero, std::uint64_t step);
   void apply(const process_ptr& p, const vote_result& vote);
   void forward(toy_trainer& t, const vote_result& vote);
-  void start_save(const process_ptr& p, bool is_final);
+  void save_part(const process_ptr& p, bool is_final);
   void write_part(const process_ptr& p, part_saved report, const values& weights);
   void close_links(const process_ptr& p);
   void report_link(const process_ptr& p, int peer, const char* what, us after);
@@ -155,7 +189,6 @@ class cluster {
       return part != parts_[job].end() && !part->second.is_corrupt;
     });
   }
-  const truth& truth_of(std::uint64_t job);
   process_ptr pick() {
     std::vector<process_ptr> living;
     for (auto& [name, p] : processes_) {
@@ -179,7 +212,6 @@ class cluster {
   std::map<std::uint64_t, truth> truths_;
   std::map<std::string, process_ptr> processes_;  // by name
   std::map<process_id, process_ptr> by_id_;
-  std::set<std::uint64_t> cancelled_;
   std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint64_t> plans_;  // (job, number): hash
   std::map<std::tuple<std::uint64_t, std::uint64_t, int>, process_id>
       seats_;  // (job, number, rank)
@@ -189,11 +221,17 @@ class cluster {
   std::map<std::tuple<std::uint64_t, std::uint64_t, process_id>, prepared>
       answers_;  // (job, number, process)
 
-  std::unique_ptr<cluster_machine> coordinator_;
-  std::uint64_t incarnation_ = 0;  // of this simulation, to void old events
-  std::deque<action> todo_;
-  bool is_saving_ = false;
-  actions::save saving_;
+  // What the oracle saw.
+  std::map<std::pair<std::uint64_t, std::uint64_t>, asked> asked_;  // by (job, number)
+  std::map<std::uint64_t, committed> committed_;                    // by job, the newest
+  std::map<process_id, std::uint64_t> seat_;                        // job whose plan it is in
+  std::map<std::uint64_t, std::set<std::uint64_t>> written_;  // by job: steps of all manifests
+  std::map<std::uint64_t, std::set<std::uint64_t>> durable_;  // by job: steps ever indexed
+  std::map<std::uint64_t, job_state> states_;                 // by job, as stored
+  std::map<std::uint64_t, coordinator_process*> incarnations_;
+
+  coordinator_ptr coordinator_;  // the newest; null: none runs
+  coordinator_ptr former_;       // an older one that froze and woke beside it
   std::map<std::uint64_t, std::shared_ptr<connection>> connections_;
   std::uint64_t next_connection_ = 1, next_process_ = 1;
 

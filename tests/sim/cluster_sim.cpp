@@ -23,6 +23,9 @@ void cluster::set_up(std::uint64_t seed) {
   rates_.drain = rate(0.2);
   rates_.pause = rate(0.1);
   rates_.slow = rate(0.05);
+  rates_.coordinator_freeze = rate(0.05);
+  rates_.disk_slow = rate(0.1);
+  rates_.worker_action_crash = rate(0.002);
   // Some histories have no faults: jobs compete for workers, and what was taken from one must have
   // been of use to another.
   const bool is_contest = chance(0.2);
@@ -113,7 +116,7 @@ outcome cluster::run() {
       if (completed_.count(job) != 0) continue;
       result_.liveness += fmt::format(
           "job {} did not end: {}; ", job,
-          coordinator_ ? coordinator_->why(static_cast<job_id>(job)) : "no coordinator");
+          coordinator_ ? coordinator_->machine->why(static_cast<job_id>(job)) : "no coordinator");
     }
     if (specs_.empty()) result_.liveness = "no job was ever accepted";
   }

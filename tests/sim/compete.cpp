@@ -24,9 +24,11 @@ void cluster::check_preemption(const event_record& e) {
   // A last step, a checkpoint, a generation; a step takes up to 150 ms and a message 20 ms.
   in(10 * second, [this, job, is_quiet, before = starts_[job], disturbances = disturbances_] {
     if (!is_quiet || disturbances != disturbances_ || starts_[job] != before) return;
-    if (rates_.disk_full > 0 || rates_.slow > 0 || completed_.count(job) != 0) return;
+    if (rates_.disk_full > 0 || rates_.disk_slow > 0 || rates_.slow > 0 ||
+        completed_.count(job) != 0)
+      return;
     violate("workers were taken from others for job {}, and it did not start: {}", job,
-            coordinator_ ? coordinator_->why(static_cast<job_id>(job)) : "");
+            coordinator_ ? coordinator_->machine->why(static_cast<job_id>(job)) : "");
   });
 }
 

@@ -5,92 +5,152 @@
 namespace stagecoach::sim {
 
 void cluster::start_coordinator() {
-  const std::uint64_t mine = ++incarnation_;
+  if (coordinator_) coordinator_->is_fenced = true;
+  auto c = std::make_shared<coordinator_process>();
   std::vector<store_row> rows(rows_.begin(), rows_.end());
   restored_records restored = restore_records(rows);
   for (const std::string& problem : restored.problems) violate("restore: {}", problem);
-  coordinator_ =
+  c->machine =
       std::make_unique<cluster_machine>(std::move(restored), std::string(), detection{}, shares_);
-  say("coordinator starts, incarnation {}", coordinator_->incarnation());
-  for (action& a : coordinator_->start()) todo_.push_back(std::move(a));
-  every(0, 100 * ms, [this, mine] {
-    if (incarnation_ != mine || !coordinator_) return false;
-    tell(events::tick{now_ / ms, now_ / ms});
-    return true;
+  c->incarnation = c->machine->incarnation();
+  say("coordinator starts, incarnation {}", c->incarnation);
+  coordinator_ = c;
+  for (action& a : c->machine->start()) c->todo.push_back(std::move(a));
+  every(0, 100 * ms, [this, c] {
+    if (!c->is_frozen) tick(c);
+    return c->is_alive;
   });
-  pump();
+  pump(c);
 }
 
-void cluster::crash_coordinator(const char* why) {
-  say("coordinator crashes: {}", why);
+void cluster::crash(const coordinator_ptr& c, const char* why) {
+  if (!c->is_alive) return;
+  say("coordinator {} crashes: {}", c->incarnation, why);
   ++result_.coordinator_crashes;
   disturb(20 * second);
-  ++incarnation_;
-  coordinator_.reset();
-  todo_.clear();
-  if (is_saving_ && chance(0.5)) do_save(saving_);  // it may have reached the disk
-  is_saving_ = false;
-  for (auto& [id, c] : connections_) cut(c, delay(ms, 20 * ms), -1);
-  in(delay(100 * ms, 5 * second), [this] { start_coordinator(); });
+  c->is_alive = false;
+  c->todo.clear();
+  c->deferred.clear();
+  if (!c->is_fenced) {
+    // What was not synced may be lost from some row on; a batch under way is whole or absent.
+    const bool reaches_disk = c->is_saving && chance(0.5);
+    if (!reaches_disk && chance(0.5)) c->unsynced.resize(draw(0, c->unsynced.size()));
+    write_rows(c->unsynced);
+    if (reaches_disk) write_rows(c->saving.rows);
+  }
+  for (auto& [id, x] : connections_) {
+    if (x->whom == c) cut(x, delay(ms, 20 * ms), -1);
+  }
+  if (coordinator_ != c) return;
+  coordinator_ = nullptr;
+  in(delay(100 * ms, 5 * second), [this] {
+    if (!coordinator_) start_coordinator();
+  });
 }
 
-void cluster::tell(const event& e) {
-  if (!coordinator_) return;
+/// It stands still; perhaps a successor takes its store over meanwhile, and it wakes beside that.
+void cluster::freeze_coordinator() {
+  const coordinator_ptr c = coordinator_;
+  const us for_us = delay(200 * ms, 25 * second);
+  const us idle = 10 * second;  // after which a worker gives the silent channel up
+  say("coordinator {} freezes for {} ms", c->incarnation, for_us / ms);
+  c->is_frozen = true;
+  disturb(for_us + 30 * second);
+  if (for_us > idle) {
+    in(idle, [this, c] {
+      for (auto& [id, x] : connections_) {
+        if (x->whom == c && c->is_frozen) cut(x, delay(0, 20 * ms), 0);
+      }
+    });
+  }
+  if (chance(0.5)) {
+    in(delay(100 * ms, for_us), [this, c] {
+      if (coordinator_ == c && c->is_frozen) {
+        former_ = c;
+        start_coordinator();
+      }
+    });
+  }
+  in(for_us, [this, c] {
+    say("coordinator {} thaws", c->incarnation);
+    thaw(c);
+    // It finds out by its first synced write that the store is another's, or a person ends it.
+    in(delay(second, 10 * second), [this, c] {
+      if (c->is_fenced) crash(c, "it has a successor");
+    });
+  });
+}
+
+/// As the real one: time stands still while a write is waited for.
+void cluster::tick(const coordinator_ptr& c) {
+  if (!c->is_saving) tell(c, events::tick{now_ / ms, now_ / ms});
+}
+
+void cluster::tell(const coordinator_ptr& c, const event& e) {
+  if (!c->is_alive) return;
   ++result_.events;
-  for (action& a : coordinator_->step(e)) todo_.push_back(std::move(a));
-  pump();
+  for (action& a : c->machine->step(e)) {
+    if (const auto* s = std::get_if<actions::send>(&a)) {
+      if (const auto* k = std::get_if<commit>(&s->message)) check_decided(c, *k);
+    }
+    c->todo.push_back(std::move(a));
+  }
+  pump(c);
 }
 
-void cluster::do_save(const actions::save& s) {
-  for (const actions::row& r : s.rows) {
+void cluster::write_rows(const std::vector<actions::row>& rows) {
+  for (const actions::row& r : rows) {
     if (r.value) {
       rows_[r.key] = *r.value;
     } else {
       rows_.erase(r.key);
     }
-    if (r.key.ends_with("/record") && r.value) {
-      const auto record = from_json_text<job_record>(*r.value);
-      if (!record) {
-        violate("row {} does not read: {}", r.key, record.err().message);
-        continue;
-      }
-      check_record(*record);
+    if (r.value) check_row(r.key, *r.value);
+  }
+}
+
+void cluster::pump(const coordinator_ptr& c) {
+  while (!c->todo.empty() && !c->is_saving && c->is_alive) {
+    if (are_faults_on_ && chance(rates_.action_crash)) return crash(c, "between two actions");
+    action a = std::move(c->todo.front());
+    c->todo.pop_front();
+    carry_out(c, a);
+  }
+}
+
+/// Durable whole or not at all; a full disk is tried again. All that follows waits.
+void cluster::start_save(const coordinator_ptr& c) {
+  const bool is_full = are_faults_on_ && chance(rates_.disk_full);
+  on(c, is_full ? second : write_time(10 * ms), [this, c, is_full] {
+    if (is_full) {
+      say("the store is full");
+      return start_save(c);
     }
-  }
+    if (c->is_fenced) return crash(c, "its store is another's");
+    write_rows(c->unsynced);
+    c->unsynced.clear();
+    write_rows(c->saving.rows);
+    c->is_saving = false;
+    pump(c);
+  });
 }
 
-void cluster::pump() {
-  while (!todo_.empty() && !is_saving_ && coordinator_) {
-    if (are_faults_on_ && chance(rates_.action_crash))
-      return crash_coordinator("between two actions");
-    action a = std::move(todo_.front());
-    todo_.pop_front();
-    carry_out(a);
-  }
-}
-
-void cluster::carry_out(action& a) {
-  const std::uint64_t mine = incarnation_;
-  const auto later = [this, mine](us after, event e) {
-    in(after, [this, mine, e = std::move(e)] {
-      if (incarnation_ == mine) tell(e);
-    });
+void cluster::carry_out(const coordinator_ptr& c, action& a) {
+  const auto later = [this, c](us after, event e) {
+    on(c, after, [this, c, e = std::move(e)] { tell(c, e); });
   };
   if (auto* s = std::get_if<actions::save>(&a)) {
-    if (!s->is_synced) return do_save(*s);
-    is_saving_ = true;
-    saving_ = *s;
-    in(delay(200, 10 * ms), [this, mine] {
-      if (incarnation_ != mine) return;
-      is_saving_ = false;
-      do_save(saving_);
-      pump();
-    });
+    if (!s->is_synced) {
+      c->unsynced.insert(c->unsynced.end(), s->rows.begin(), s->rows.end());
+      return;
+    }
+    c->is_saving = true;
+    c->saving = *s;
+    start_save(c);
   } else if (auto* x = std::get_if<actions::send>(&a)) {
-    if (const auto* c = std::get_if<commit>(&x->message)) check_commit(*c);
-    down(x->connection, x->message);
-  } else if (auto* c = std::get_if<actions::close>(&a)) {
-    const auto found = connections_.find(static_cast<std::uint64_t>(c->connection));
+    down(c, x->connection, x->message);
+  } else if (auto* k = std::get_if<actions::close>(&a)) {
+    const auto found = connections_.find(static_cast<std::uint64_t>(k->connection));
     if (found != connections_.end()) cut(found->second, delay(ms, 10 * ms), delay(0, ms));
   } else if (auto* f = std::get_if<actions::find_checkpoint>(&a)) {
     checkpoint_found answer{f->job, f->request, std::nullopt, {}};
@@ -102,16 +162,17 @@ void cluster::carry_out(action& a) {
         answer.notes.push_back(fmt::format("step {} is damaged", step));
       }
     }
-    later(delay(ms, 300 * ms), answer);
+    later(write_time(300 * ms), answer);
   } else if (auto* m = std::get_if<actions::write_manifest>(&a)) {
     if (are_faults_on_ && chance(rates_.disk_full)) {
       return later(delay(ms, 50 * ms), manifest_written{m->job, m->step, false, "disk full"});
     }
     check_manifest(*m);
     // The write and its answer are apart: the coordinator may die in between.
-    in(delay(ms, 30 * ms), [this, mine, m = *m, later] {
-      if (incarnation_ != mine && chance(0.5)) return;
+    in(write_time(30 * ms), [this, c, m = *m, later] {
+      if (!c->is_alive && chance(0.5)) return;
       ++result_.saves;
+      written_[value(m.job)].insert(m.step);
       manifests_[value(m.job)][m.step] = {
           {m.step, m.seq, m.chain, m.loss, m.weights_hash, m.parts}};
       later(delay(ms, 30 * ms), manifest_written{m.job, m.step, true, ""});
@@ -134,8 +195,9 @@ void cluster::carry_out(action& a) {
   } else if (auto* n = std::get_if<actions::note>(&a)) {
     check_stuck(n->record);
     const event_record& e = n->record;
-    rows_[keys::event(e.job, e.number)] = to_json_text(e);
+    c->unsynced.push_back({keys::event(e.job, e.number), to_json_text(e)});
     say("   [{}] {}: {}", value(e.job), e.kind, e.text);
+    if (c->is_fenced) return;  // what it thinks is no longer the run's story
     if (e.kind == "divergence") violate("divergence: {}", e.text);
     if (e.kind == "worker_lost") ++result_.lost_workers;
     check_preemption(e);

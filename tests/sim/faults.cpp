@@ -28,11 +28,11 @@ void cluster::faults() {
     // Who operates the cluster goes on until everything runs.
     every(second, 5 * second, [this] {
       if (coordinator_) {
-        for (const worker_view& w : coordinator_->workers()) {
+        for (const worker_view& w : coordinator_->machine->workers()) {
           if (w.state == "DRAINED" || w.state == "DRAINING")
             tell(events::undrain_worker{w.name, reply_id{}});
         }
-        for (const job_view& j : coordinator_->job_views()) {
+        for (const job_view& j : coordinator_->machine->job_views()) {
           if (j.state == "PAUSED" || j.state == "CHECKPOINTING")
             tell(events::resume_job{j.id, reply_id{}});
         }
@@ -64,11 +64,9 @@ void cluster::faults() {
       }
     }
     in(for_us, [this, p] {
-      p->is_frozen = false;
       say("{} thaws", p->name);
-      auto late = std::move(p->deferred);
-      p->deferred.clear();
-      for (auto& what : late) on_now(p, what);
+      p->steady_since = now_;
+      thaw(p);
     });
   }
   if (auto p = pick(); p && p->channel && chance(rates_.cut_control * period)) {
@@ -89,7 +87,9 @@ void cluster::faults() {
       report_link(other, p->trainer.rank, "lost", delay(ms, 20 * ms));
     }
   }
-  if (coordinator_ && chance(rates_.coordinator_crash * period)) crash_coordinator("killed");
+  if (coordinator_ && chance(rates_.coordinator_crash * period)) crash(coordinator_, "killed");
+  if (coordinator_ && !coordinator_->is_frozen && chance(rates_.coordinator_freeze * period))
+    freeze_coordinator();
   if (chance(rates_.corrupt * period)) {
     for (auto& [job, have] : manifests_) {
       const auto good = std::count_if(have.begin(), have.end(), [&, job = job](const auto& m) {

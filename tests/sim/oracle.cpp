@@ -24,29 +24,19 @@ const truth& cluster::truth_of(std::uint64_t job) {
   return t;
 }
 
-void cluster::check_commit(const commit& c) {
-  const std::uint64_t job = value(c.shape.job);
-  const auto row = rows_.find(keys::generation(c.shape.job, c.shape.generation));
-  if (row == rows_.end())
-    return violate("commit {} of job {} is sent before it is saved", c.shape.generation, job);
-  const auto saved = from_json_text<generation_record>(row->second);
-  if (!saved || !(saved->shape == c.shape))
-    violate("commit {} is not the plan that was saved", c.shape.generation);
-  const std::uint64_t hash = plan_hash(c.shape);
-  const auto [known, is_new] = plans_.emplace(std::pair(job, c.shape.generation), hash);
-  if (known->second != hash) violate("two plans have number {} of job {}", c.shape.generation, job);
-  if (is_new) {
-    check_nothing_lost(c);
-    newest_plans_[job] = c.shape;
-  }
-  check_size(c);
-  // Never below what is durable and whole.
-  for (const auto& [step, m] : manifests_[job]) {
-    const bool is_indexed = rows_.count(keys::checkpoint(c.shape.job, step)) != 0;
-    if (is_indexed && is_good(job, m) && step > c.step) {
-      violate("commit {} of job {} starts at step {} though step {} is durable", c.shape.generation,
-              job, c.step, step);
-    }
+void cluster::check_row(const std::string& key, const std::string& text) {
+  if (key.starts_with("job/") && key.ends_with("/record")) {
+    const auto record = from_json_text<job_record>(text);
+    if (!record) return violate("row {} does not read: {}", key, record.err().message);
+    check_record(*record);
+  } else if (key.starts_with("ckpt/")) {
+    const auto record = from_json_text<checkpoint_record>(text);
+    if (!record) return violate("row {} does not read: {}", key, record.err().message);
+    const std::uint64_t job = value(record->job);
+    if (written_[job].count(record->step) == 0)
+      violate("checkpoint {} of job {} is indexed before its manifest is durable", record->step,
+              job);
+    durable_[job].insert(record->step);
   }
 }
 
@@ -83,6 +73,29 @@ void cluster::check_nothing_lost(const commit& c) {
 void cluster::check_record(const job_record& record) {
   const std::uint64_t job = value(record.id);
   specs_.emplace(job, record.spec);
+  const job_state before = std::exchange(states_[job], record.state);
+  if (record.state != job_state::running) {
+    std::erase_if(seat_, [job](const auto& seat) { return seat.second == job; });
+    if (coordinator_) coordinator_->reported.erase(job);
+  }
+  if (record.state == job_state::paused && before == job_state::running) {
+    // Orderly: while all of a generation run, a pause keeps every step that was done.
+    const committed& newest = committed_[job];
+    std::vector<prepared> held;
+    for (const process_id& id : newest.members) {
+      const process_ptr& p = by_id_.at(id);
+      const bool runs = p->is_alive && p->trainer.hash == newest.hash &&
+                        (p->trainer.now == toy_trainer::doing::running ||
+                         p->trainer.now == toy_trainer::doing::held);
+      if (runs) held.push_back(holding_of(p));
+    }
+    const auto step = newest_held(job, held);
+    const auto& durable = durable_[job];
+    const std::uint64_t saved = durable.empty() ? 0 : *durable.rbegin();
+    if (held.size() == newest.members.size() && step && *step > saved)
+      violate("job {} is paused at step {}, durable is step {}", job, *step, saved);
+  }
+  if (record.state != job_state::running) committed_.erase(job);
   if (completed_.count(job) != 0 && record.state != job_state::completed) {
     violate("job {} was completed and is {} now", job, to_string(record.state));
   }
@@ -128,6 +141,223 @@ void cluster::check_state(const toy_trainer& t) {
   }
   if (right.chain[t.step] != t.chain)
     violate("the chain at step {} is not the undisturbed one", t.step);
+}
+
+// ---- what is told to whom ----
+void cluster::check_sent(const std::shared_ptr<connection>& c, const to_worker& message) {
+  const process_id& to = c->who->id;
+  if (const auto* w = std::get_if<welcome>(&message)) {
+    if (incarnations_.emplace(w->incarnation, c->whom.get()).first->second != c->whom.get())
+      violate("two coordinators call themselves incarnation {}", w->incarnation);
+    const auto row = rows_.find(keys::meta());
+    const auto meta = row == rows_.end() ? result<meta_record>(meta_record{})
+                                         : from_json_text<meta_record>(row->second);
+    if (!meta || meta->incarnation < w->incarnation)
+      violate("incarnation {} is told before it is stored", w->incarnation);
+  } else if (const auto* x = std::get_if<prepare>(&message)) {
+    const auto row = rows_.find(keys::job(static_cast<job_id>(x->job)));
+    const auto record = row == rows_.end() ? result<job_record>(job_record{})
+                                           : from_json_text<job_record>(row->second);
+    if (!record || record->number < x->number)
+      violate("prepare {} of job {} is sent before its number is stored", x->number, x->job);
+    asked& a = asked_[{x->job, x->number}];
+    if (a.incarnation == 0) a.since = now_;
+    if (a.incarnation != 0 && a.incarnation != c->whom->incarnation)
+      violate("two incarnations prepare number {} of job {}", x->number, x->job);
+    if (a.is_committed)
+      violate("number {} of job {} is prepared after its commit", x->number, x->job);
+    a.incarnation = c->whom->incarnation;
+    if (const auto seat = seat_.find(to); seat != seat_.end() && seat->second != x->job)
+      violate("{} is asked for job {} while it has a place in job {}", c->who->name, x->job,
+              seat->second);
+  } else if (const auto* k = std::get_if<commit>(&message)) {
+    check_commit(c->whom, *k);
+  } else if (const auto* d = std::get_if<checkpoint_durable>(&message)) {
+    if (durable_[d->job].count(d->step) == 0)
+      violate("step {} of job {} is called durable and is not in the index", d->step, d->job);
+  } else if (const auto* s = std::get_if<stop_stage>(&message)) {
+    if (const auto seat = seat_.find(to); seat != seat_.end() && seat->second == s->job)
+      seat_.erase(seat);
+  }
+}
+
+/// When it is decided: it leaves when it is stored, and by then others may have come.
+void cluster::check_decided(const coordinator_ptr& by, const commit& c) {
+  const std::uint64_t job = value(c.shape.job), number = c.shape.generation;
+  asked& a = asked_[{job, number}];
+  if (a.is_committed || by->is_fenced) return;
+  // Never below what is durable and whole.
+  for (const std::uint64_t step : durable_[job]) {
+    const auto m = manifests_[job].find(step);
+    if (step > c.step && m != manifests_[job].end() && is_good(job, m->second)) {
+      violate("commit {} of job {} starts at step {} though step {} is durable", number, job,
+              c.step, step);
+    }
+  }
+  // Nor below what those hold who answered, or who were there all the time and were not heard.
+  std::vector<prepared> held;
+  bool is_silent = false;
+  for (const process_id& id : committed_[job].members) {
+    const process_ptr& p = by_id_.at(id);
+    const bool is_there =
+        p->is_alive && p->channel && p->channel->is_open && p->channel->whom == by;
+    if (!is_there) continue;
+    const bool is_steady = now_ - p->steady_since > 8 * second && !p->is_frozen;
+    if (const auto answer = a.answers.find(id); answer != a.answers.end()) {
+      if (!p->is_frozen) held.push_back(answer->second);
+    } else if (const prepared holds = holding_of(p);
+               is_steady && rates_.slow == 0 && holds.job == job) {
+      held.push_back(holds);
+    } else {
+      is_silent = true;
+    }
+  }
+  if (const auto newest = newest_held(job, held); newest && *newest > c.step) {
+    violate("commit {} of job {} starts at step {}, those who are there hold step {}", number, job,
+            c.step, *newest);
+  }
+  // Nor below what was reported, while someone is silent who may hold it.
+  constexpr us minority_wait = 10 * second;
+  if (is_silent && by->reported[job] > c.step && now_ - a.since < minority_wait - second) {
+    violate(
+        "commit {} of job {} starts at step {} after {} ms, step {} was reported and a silent "
+        "member may hold it",
+        number, job, c.step, (now_ - a.since) / ms, by->reported[job]);
+  }
+}
+
+void cluster::check_commit(const coordinator_ptr& by, const commit& c) {
+  const std::uint64_t job = value(c.shape.job), number = c.shape.generation;
+  if (by->is_fenced) return violate("a coordinator that has a successor commits");
+  const std::uint64_t hash = plan_hash(c.shape);
+  if (plans_.emplace(std::pair(job, number), hash).first->second != hash)
+    violate("two plans have number {} of job {}", number, job);
+  asked& a = asked_[{job, number}];
+  if (a.is_committed) return;
+  const auto row = rows_.find(keys::generation(c.shape.job, number));
+  if (row == rows_.end())
+    return violate("commit {} of job {} is sent before it is saved", number, job);
+  const auto saved = from_json_text<generation_record>(row->second);
+  if (!saved || !(saved->shape == c.shape))
+    violate("commit {} is not the plan that was saved", number);
+
+  check_nothing_lost(c);
+  check_size(c);
+  newest_plans_[job] = c.shape;
+  a.is_committed = true;
+  std::erase_if(seat_, [job](const auto& seat) { return seat.second == job; });
+  committed& now = committed_[job];
+  now = {number, hash, {}};
+  for (const plan_member& m : c.shape.members) {
+    now.members.push_back(m.process);
+    seat_[m.process] = job;
+  }
+  by->reported[job] = c.step;
+}
+
+// ---- who holds what ----
+prepared cluster::holding_of(const process_ptr& p) {
+  const toy_trainer& t = p->trainer;
+  prepared h;
+  if (!t.has_state) return h;
+  h.job = value(t.shape.job);
+  h.has_state = true;
+  h.step = t.step;
+  h.chain = t.chain;
+  h.last_vote = t.last_vote;
+  h.has_pending = t.has_pending;
+  for (const auto& [name, v] : t.weights) h.tensors.push_back(name);
+  return h;
+}
+
+/// The newest step of which these together hold every tensor: at it, or one before it with the
+/// gradient kept while one of them knows the vote.
+std::optional<std::uint64_t> cluster::newest_held(std::uint64_t job,
+                                                  const std::vector<prepared>& by) {
+  std::set<std::uint64_t> steps;
+  for (const prepared& h : by) {
+    if (h.has_state && h.job == job) steps.insert(h.step);
+  }
+  const std::size_t all = truth_of(job).at[0].size();
+  for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
+    const bool is_vote_known = std::any_of(by.begin(), by.end(), [&](const prepared& h) {
+      return h.has_state && h.job == job && h.last_vote && h.last_vote->step == *step;
+    });
+    std::set<std::string> names;
+    for (const prepared& h : by) {
+      if (!h.has_state || h.job != job) continue;
+      const bool rolls = h.step + 1 == *step && h.has_pending && is_vote_known;
+      if (h.step == *step || rolls) names.insert(h.tensors.begin(), h.tensors.end());
+    }
+    if (names.size() == all) return *step;
+  }
+  return std::nullopt;
+}
+
+/// The newest step from which the job could go on: what living workers hold, or a good checkpoint.
+std::optional<std::uint64_t> cluster::newest_kept(std::uint64_t job, const process_ptr& without) {
+  std::vector<prepared> by;
+  for (const auto& [name, p] : processes_) {
+    if (p->is_alive && p != without) by.push_back(holding_of(p));
+  }
+  std::optional<std::uint64_t> newest = newest_held(job, by);
+  for (const auto& [step, m] : manifests_[job]) {
+    if (is_good(job, m)) newest = std::max(newest.value_or(0), step);
+  }
+  return newest;
+}
+
+/// It is told to forget its state: then somebody else has it, or nobody wants it.
+void cluster::check_drop(const process_ptr& p, const char* why) {
+  const toy_trainer& t = p->trainer;
+  const std::uint64_t job = value(t.shape.job);
+  if (!t.has_state || states_[job] != job_state::running) return;
+  const auto& members = committed_[job].members;
+  const bool is_member = std::find(members.begin(), members.end(), p->id) != members.end();
+  if (!is_member) return;  // the commit that left it out was judged already
+  const auto with = newest_kept(job, nullptr), without = newest_kept(job, p);
+  if (with && *with > without.value_or(0)) {
+    violate("{} drops the last copy of step {} of job {} ({}); what is left is step {}", p->name,
+            *with, job, why, without.value_or(0));
+  }
+}
+
+// ---- what the coordinator hears ----
+void cluster::heard(const std::shared_ptr<connection>& c, const to_coordinator& message) {
+  const process_ptr& p = c->who;
+  const auto reported = [&](std::uint64_t job, std::uint64_t generation, std::uint64_t step) {
+    const committed& newest = committed_[job];
+    const bool is_member =
+        std::find(newest.members.begin(), newest.members.end(), p->id) != newest.members.end();
+    if (!is_member || newest.number != generation) return;
+    auto& known = c->whom->reported[job];
+    known = std::max(known, step);
+  };
+  if (const auto* x = std::get_if<prepared>(&message)) {
+    asked_[{x->job, x->number}].answers[p->id] = *x;
+  } else if (const auto* b = std::get_if<beat>(&message)) {
+    reported(b->job, b->generation, b->step);
+    // A beat comes after a welcome, and after that all that was kept for it.
+    if (!p->owed.empty()) {
+      violate("{} does not send its report of step {} though it is connected again", p->name,
+              p->owed.begin()->second);
+    }
+  } else if (const auto* g = std::get_if<progress>(&message)) {
+    for (const step_report& s : g->steps) {
+      reported(g->job, g->generation, s.step);
+      p->owed.erase({g->job, s.step});
+    }
+  } else if (const auto* h = std::get_if<held>(&message)) {
+    reported(h->job, h->generation, h->step);
+  } else if (const auto* f = std::get_if<finished>(&message)) {
+    reported(f->job, f->generation, f->step);
+  }
+}
+
+std::string words(std::string text) {
+  constexpr std::size_t most = 300;
+  if (text.size() > most) text = text.substr(0, most) + " ...";
+  return text;
 }
 
 }  // namespace stagecoach::sim

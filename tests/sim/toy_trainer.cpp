@@ -41,6 +41,7 @@ void cluster::to_trainer(const process_ptr& p, const to_worker& message) {
     if (t.now == toy_trainer::doing::held) run_trainer(p);
   } else if (const auto* s = std::get_if<stop_stage>(&message)) {
     if (value(t.shape.job) != s->job) return;
+    check_drop(p, s->reason.c_str());
     close_links(p);
     const std::uint64_t epoch = t.epoch + 1;
     t = toy_trainer{};
@@ -72,7 +73,10 @@ void cluster::load(const process_ptr& p, const commit& c) {
     violate("two workers hold rank {} of generation {}", rank, number);
 
   const std::uint64_t epoch = ++t.epoch;
-  if (t.has_state && value(t.shape.job) != job) t.has_state = false;
+  if (t.has_state && value(t.shape.job) != job) {
+    check_drop(p, "works for another job");
+    t.has_state = false;
+  }
   if (c.source == source_kind::live && c.roll_forward && t.has_state && t.has_pending &&
       t.step + 1 == c.roll_forward->step) {
     ++result_.roll_forwards;
@@ -181,6 +185,7 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
   t.ballots.clear();
   t.orders.clear();
   t.now = toy_trainer::doing::ready;
+  asked_[{job, c.shape.generation}].ready.insert(t.rank);
   emit(p, ready{job, c.shape.generation, t.hash, c.step,
                 is_sharded(c.spec, replicas) ? "" : hash_of(counted)});
 }
@@ -189,9 +194,14 @@ void cluster::run_trainer(const process_ptr& p) {
   toy_trainer& t = p->trainer;
   t.now = toy_trainer::doing::running;
   ran_.emplace(value(t.shape.job), t.shape.generation);
+  const std::set<int>& ready = asked_[{value(t.shape.job), t.shape.generation}].ready;
+  if (ready.size() != t.shape.members.size()) {
+    violate("{} runs in generation {} when {} of {} members are ready", p->name, t.shape.generation,
+            ready.size(), t.shape.members.size());
+  }
   if (t.save_first) {
     t.save_first = false;
-    start_save(p, t.step == static_cast<std::uint64_t>(t.spec.stop_steps));
+    save_part(p, t.step == static_cast<std::uint64_t>(t.spec.stop_steps));
   }
   if (t.step >= static_cast<std::uint64_t>(t.spec.stop_steps)) {
     t.now = toy_trainer::doing::finished;
@@ -264,7 +274,8 @@ void cluster::count_ballots(const process_ptr& zero, std::uint64_t step) {
     if (chain != z.chain) return violate("rank {} votes from another chain", rank);
   }
   vote.chain = mix(z.chain, step);
-  for (const give_order& o : z.orders) vote.orders |= order_bit(static_cast<order_kind>(o.kind));
+  for (const give_order& o : z.orders)
+    vote.orders |= order_bit(static_cast<order_kind>(o.kind)) | o.with;
   z.orders.clear();
   const auto every = static_cast<std::uint64_t>(z.spec.checkpoint.every_steps);
   if (every > 0 && step % every == 0) vote.orders |= order_bit(order_kind::save);
@@ -293,7 +304,7 @@ void cluster::apply(const process_ptr& p, const vote_result& vote) {
     emit(p, progress{job, number, t.hash, {r}});
   }
   const bool is_final = t.step == static_cast<std::uint64_t>(t.spec.stop_steps);
-  if ((vote.orders & order_bit(order_kind::save)) != 0 || is_final) start_save(p, is_final);
+  if ((vote.orders & order_bit(order_kind::save)) != 0 || is_final) save_part(p, is_final);
   if ((vote.orders & (order_bit(order_kind::hold) | order_bit(order_kind::stop))) != 0) {
     t.now = toy_trainer::doing::held;
     emit(p, held{job, number, t.step});
@@ -307,7 +318,7 @@ void cluster::apply(const process_ptr& p, const vote_result& vote) {
   begin_step(p);
 }
 
-void cluster::start_save(const process_ptr& p, bool is_final) {
+void cluster::save_part(const process_ptr& p, bool is_final) {
   toy_trainer& t = p->trainer;
   // Each tensor of the stage is saved by one replica; the head's copy of wte by the embedding's
   // stage.
@@ -353,7 +364,7 @@ void cluster::start_save(const process_ptr& p, bool is_final) {
 }
 
 void cluster::write_part(const process_ptr& p, part_saved x, const values& weights) {
-  on(p, delay(ms, 400 * ms), [this, p, x, weights]() mutable {
+  on(p, write_time(400 * ms), [this, p, x, weights]() mutable {
     if (are_faults_on_ && chance(rates_.disk_full)) {
       x.problem = "disk full";
       emit(p, x);

@@ -8,6 +8,7 @@ void cluster::start_process(const std::string& name) {
   p->name = name;
   p->id = fmt::format("{:032x}", next_process_++);
   p->step_ms = static_cast<int>(draw(5, 150));
+  p->steady_since = now_;
   worker_identity identity;
   identity.name = name;
   identity.process = p->id;
@@ -31,7 +32,27 @@ void cluster::start_process(const std::string& name) {
 
 void cluster::step_worker(const process_ptr& p, const worker_event& e) {
   ++result_.events;
+  if (const auto* said = std::get_if<worker_events::coordinator_said>(&e)) {
+    if (const auto* w = std::get_if<welcome>(&said->message); w && w->incarnation >= p->obeys) {
+      p->obeys = w->incarnation;
+      p->welcomed_on = p->channel->id;
+    }
+  } else if (std::holds_alternative<worker_events::disconnected>(e)) {
+    p->steady_since = now_;
+    // What was sent on the old channel may be lost with it.
+    if (std::exchange(p->welcomed_on, connection_id{}) != connection_id{}) p->owed.clear();
+  } else if (const auto* own = std::get_if<worker_events::trainer_said>(&e)) {
+    const auto* made = std::get_if<progress>(&own->message);
+    if (made && p->welcomed_on == connection_id{}) {
+      for (const step_report& s : made->steps) p->owed.insert({made->job, s.step});
+    }
+  }
   for (const worker_action& a : p->machine->step(e)) {
+    if (!p->is_alive) return;
+    if (are_faults_on_ && chance(rates_.worker_action_crash)) {
+      say("{} dies between two actions", p->name);
+      return kill(p);
+    }
     if (const auto* s = std::get_if<worker_actions::send>(&a)) {
       up(p, s->message);
     } else if (const auto* t = std::get_if<worker_actions::tell_trainer>(&a)) {

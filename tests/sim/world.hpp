@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -37,11 +38,13 @@ struct truth {
   std::vector<std::uint64_t> chain;
 };
 
-struct rates {  // events per second of the whole cluster
+/// How often what goes wrong; drawn per seed, so some histories are calm and some are storms.
+struct rates {
+  // Per second, in the whole cluster.
   double kill = 0, freeze = 0, cut_control = 0, cut_link = 0, coordinator_crash = 0,
-         action_crash = 0;
-  double disk_full = 0, corrupt = 0, drain = 0, pause = 0, priority = 0;
-  double slow = 0;  // share of the messages
+         coordinator_freeze = 0, corrupt = 0, drain = 0, pause = 0, priority = 0;
+  // Share of the messages, writes, actions.
+  double slow = 0, disk_full = 0, disk_slow = 0, action_crash = 0, worker_action_crash = 0;
 };
 
 struct disk_part {
@@ -55,9 +58,25 @@ struct disk_manifest {
 
 struct process;
 
+/// One process of the coordinator; a frozen one may wake beside its successor.
+struct coordinator_process {
+  std::unique_ptr<cluster_machine> machine;
+  std::uint64_t incarnation = 0;
+  bool is_alive = true, is_frozen = false;
+  bool is_fenced = false;  // the store is its successor's
+  std::deque<action> todo;
+  bool is_saving = false;
+  actions::save saving;
+  std::vector<actions::row> unsynced;  // written; a crash may lose the end of them
+  std::vector<std::function<void()>> deferred;
+  std::map<std::uint64_t, std::uint64_t> reported;  // the oracle's: by job, newest step it heard of
+};
+using coordinator_ptr = std::shared_ptr<coordinator_process>;
+
 struct connection {
   connection_id id{};
   std::shared_ptr<process> who;
+  coordinator_ptr whom;
   bool is_open = true;
   us last_up = 0, last_down = 0;
 };
@@ -100,8 +119,27 @@ struct process {
   std::vector<std::function<void()>> deferred;
   us last_emit = 0, last_command = 0;
   int step_ms = 50;
+  // The oracle's.
+  std::uint64_t obeys = 0;                                 // newest incarnation that welcomed it
+  connection_id welcomed_on{};                             // the channel on which the newest did
+  us steady_since = 0;                                     // not frozen and not cut since then
+  std::set<std::pair<std::uint64_t, std::uint64_t>> owed;  // (job, step) reported to nobody
 };
 
 using process_ptr = std::shared_ptr<process>;
+
+/// What the oracle saw of one prepare.
+struct asked {
+  std::uint64_t incarnation = 0;
+  us since = 0;
+  bool is_committed = false;
+  std::map<process_id, prepared> answers;
+  std::set<int> ready;  // ranks that ever became ready for this number
+};
+/// And of the newest commit of a job.
+struct committed {
+  std::uint64_t number = 0, hash = 0;
+  std::vector<process_id> members;
+};
 
 }  // namespace stagecoach::sim
