@@ -128,13 +128,12 @@ void job_machine::consider_decision() {
   }
   const int count = static_cast<int>(answered.size());
   const bool is_short = count < workers_least();
-  const bool is_hopeful = silent_count() > 0 && now_ms_ - prepare_began_ms_ < rules_.minority_wait;
   const bool waits_for_all = is_after_loss_ && record_.spec.elasticity.on_loss == "wait" &&
                              count < std::min(planned_count(), workers_most());
   if (is_short || waits_for_all) {
     const int wanted = is_short ? workers_least() : planned_count();
     // Without state there is nothing to keep these workers for; the queue may use them better.
-    if (is_short && !has_state && !is_hopeful) {
+    if (is_short && !has_state && !is_hopeful()) {
       return leave_workers(job_state::pending,
                            fmt::format("{} of {} workers answered", count, wanted));
     }
@@ -149,6 +148,9 @@ void job_machine::consider_decision() {
       return leave_workers(job_state::pending,
                            fmt::format("fewer than {} workers for {} s", wanted,
                                        record_.spec.elasticity.wait_for_min_ms / 1000));
+    }
+    if (is_short && record_.is_pause_wanted && !is_hopeful()) {
+      return leave_workers(job_state::paused, "paused");
     }
     if (!is_over) return;
   }
@@ -231,11 +233,14 @@ int job_machine::silent_count() const {
   return static_cast<int>(sought_.size()) + static_cast<int>(mute);
 }
 
+bool job_machine::is_hopeful() const {
+  return silent_count() > 0 && now_ms_ - prepare_began_ms_ < rules_.minority_wait;
+}
+
 /// A member that is silent, but not known to be dead, may stand at the newest step that was
 /// reported.
 bool job_machine::is_held_back(std::uint64_t step) {
-  if (step >= reported_step_ || silent_count() == 0) return false;
-  if (now_ms_ - prepare_began_ms_ >= rules_.minority_wait) return false;
+  if (step >= reported_step_ || !is_hopeful()) return false;
   waits_for_ =
       fmt::format("step {} was reported, those who answer have {}; waits for {} silent ones",
                   reported_step_, step, silent_count());

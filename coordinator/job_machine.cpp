@@ -224,8 +224,9 @@ void job_machine::on(const job_events::pause& e) {
   }
   if (record_.state == job_state::paused) return agree(e.reply, "paused already");
   // Without a generation that runs there is no step after which to stop: what is durable is what is
-  // kept.
-  if (phase_ == phase::none || (phase_ == phase::preparing && short_since_ms_ >= 0)) {
+  // kept. A silent member is worth its wait here as well.
+  const bool is_idle = phase_ == phase::preparing && short_since_ms_ >= 0 && !is_hopeful();
+  if (phase_ == phase::none || is_idle) {
     leave_workers(job_state::paused, "paused");
     return agree(e.reply, "paused");
   }

@@ -485,6 +485,7 @@ class job_machine {
   void consider_decision();
   void decide(const std::vector<member*>& answered);
   int silent_count() const;
+  bool is_hopeful() const;  // a silent one is still worth the wait
   bool is_held_back(std::uint64_t step);
   void commit_generation(const choice& c);
   void send_commit(const member& m);

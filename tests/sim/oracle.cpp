@@ -294,16 +294,16 @@ std::optional<std::uint64_t> cluster::newest_held(std::uint64_t job,
   return std::nullopt;
 }
 
-/// The newest step from which the job could go on: what living workers hold, or a good checkpoint.
+/// The newest step from which the job could go on: what living workers hold, or what was durable.
 std::optional<std::uint64_t> cluster::newest_kept(std::uint64_t job, const process_ptr& without) {
   std::vector<prepared> by;
   for (const auto& [name, p] : processes_) {
     if (p->is_alive && p != without) by.push_back(holding_of(p));
   }
   std::optional<std::uint64_t> newest = newest_held(job, by);
-  for (const auto& [step, m] : manifests_[job]) {
-    if (is_good(job, m)) newest = std::max(newest.value_or(0), step);
-  }
+  // What was durable when the order was given; that a disk forgets it later is another fault.
+  if (const auto& written = written_[job]; !written.empty())
+    newest = std::max(newest.value_or(0), *written.rbegin());
   return newest;
 }
 
