@@ -136,15 +136,12 @@ void job_machine::consider_yielded_hold() {
   const std::uint64_t step = planned().front()->step;
   const auto newest = newest_saved();
   const bool is_saved = newest && *newest >= step;
-  const bool is_saved_before = newest && *newest > order_base_step_;
   // A smaller job needs no save where those who stay hold everything.
-  const bool needs_save = is_suspend ? !is_saved_before : !is_leavers_state_elsewhere();
+  const bool needs_save = is_suspend || !is_leavers_state_elsewhere();
   if (!is_saved && needs_save) {
     if (orders_.count(order_kind::save) == 0) {
       return resume_after_hold("a member that was to keep the state was lost");
     }
-    // The two orders rode in two votes: the steps in between would have to be done again.
-    if (is_saved_before) return resume_after_hold("its checkpoint is of an earlier step");
     if (!has_save_failed_ && now_ms_ - held_ms_ < rules_.order_wait) return;
     no_change_before_ms_ = now_ms_ + 6 * rules_.retry_wait;
     note("yield_failed", "the checkpoint could not be saved; the job keeps its workers for now", {},

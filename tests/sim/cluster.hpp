@@ -140,6 +140,9 @@ class cluster {
   void heard(const std::shared_ptr<connection>& c, const to_coordinator& message);
   std::optional<std::uint64_t> newest_held(std::uint64_t job, const std::vector<prepared>& by);
   std::optional<std::uint64_t> newest_kept(std::uint64_t job, const process_ptr& without);
+  bool was_hung(const process_ptr& p) const {  // a moment ago: what it holds can't be had
+    return p->is_hung || now_ < p->hung_until + 20 * second;
+  }
   prepared holding_of(const process_ptr& p);
   // ---- jobs compete ----
   void change_priority();

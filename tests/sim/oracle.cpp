@@ -202,14 +202,14 @@ void cluster::check_decided(const coordinator_ptr& by, const commit& c) {
     const bool is_there =
         p->is_alive && p->channel && p->channel->is_open && p->channel->whom == by;
     if (!is_there) continue;
-    const bool is_steady = now_ - p->steady_since > 8 * second && !p->is_frozen;
+    const bool is_steady = now_ - p->steady_since > 8 * second && !p->is_frozen && !was_hung(p);
     if (const auto answer = a.answers.find(id); answer != a.answers.end()) {
       if (!p->is_frozen) held.push_back(answer->second);
     } else if (const prepared holds = holding_of(p);
                is_steady && rates_.slow == 0 && holds.job == job) {
       held.push_back(holds);
     } else {
-      is_silent = true;
+      is_silent = is_silent || (holds.job == job && holds.step > c.step && !was_hung(p));
     }
   }
   if (const auto newest = newest_held(job, held); newest && *newest > c.step) {
@@ -314,7 +314,7 @@ void cluster::check_drop(const process_ptr& p, const char* why) {
   if (!t.has_state || states_[job] != job_state::running) return;
   const auto& members = committed_[job].members;
   const bool is_member = std::find(members.begin(), members.end(), p->id) != members.end();
-  if (!is_member) return;  // the commit that left it out was judged already
+  if (!is_member || was_hung(p)) return;  // the commit that left it out was judged already
   const auto with = newest_kept(job, nullptr), without = newest_kept(job, p);
   if (with && *with > without.value_or(0)) {
     violate("{} drops the last copy of step {} of job {} ({}); what is left is step {}", p->name,

@@ -112,7 +112,7 @@ struct process {
   std::shared_ptr<connection> channel;
   bool is_alive = true, is_frozen = false;
   bool is_hung = false;  // its trainer's thread
-  us hung_until = -1;
+  us hung_until = -60 * second;
   std::vector<std::function<void()>> after_hang;
   bool has_lost_host = false;  // died with its host: nobody refuses its port
   bool is_dialling = false;
