@@ -5,6 +5,7 @@ usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | shard
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -298,7 +299,46 @@ def group_compete():
         cluster.close()
 
 
+def group_elastic():
+    """Five workers, one by one down to one and up to five again; at each size the coordinator is killed."""
+    steps = 600
+
+    def at_size(cluster, job, size):
+        view = cluster.wait(job, lambda v: v["state"] == "COMPLETED" or v["state"] == "RUNNING" and
+                            len(v["plan"]["members"]) == size, 60, f"a plan of {size}")
+        cluster.wait_step(job, view["step"] + 3)
+        cluster.kill_coordinator()
+        time.sleep(0.3 + RANDOM.random() * 0.7)
+        cluster.start_coordinator()
+        after = cluster.wait(job, lambda v: v["state"] == "COMPLETED" or v["state"] == "RUNNING" and
+                             v["step"] > view["step"] + 3, 60, f"steps by {size} after the coordinator's return")
+        check(after["state"] == "RUNNING" and len(after["plan"]["members"]) == size,
+              f"{size} workers at step {after['step']}, the coordinator killed and back")
+
+    def shrink_and_grow(cluster, job):
+        at_size(cluster, job, 5)
+        for size in (4, 3, 2, 1):
+            cluster.kill(RANDOM.choice(cluster.members(job)))
+            at_size(cluster, job, size)
+        for size in (2, 3, 4, 5):
+            cluster.start_worker()
+            at_size(cluster, job, size)
+
+    def job(name, workers):
+        """More leaves than elsewhere, so that the planner has work for each of five."""
+        path = pathlib.Path(job_file(name, steps, workers, "", "20 steps"))
+        path.write_text(path.read_text().replace("global: 16 sequences, micro: 1", "global: 64 sequences, micro: 2")
+                        .replace("leaves: 8", "leaves: 32"))
+        return str(path)
+
+    alone = run("elastic-alone", job("elastic-alone", "1"), 1)
+    check(alone["state"] == "COMPLETED", f"one worker alone: {alone['weights_hash']}")
+    view = run("elastic", job("elastic", "1..5"), 5, shrink_and_grow)
+    check(view["state"] == "COMPLETED" and view["weights_hash"] == alone["weights_hash"],
+          f"five workers to one and back to five: {view['state']} {view['weights_hash']} {view.get('reason') or ''}")
+
+
 if __name__ == "__main__":
     sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "sharded": group_sharded,
                    "restarts": group_restarts, "store": group_store,
-                   "compete": group_compete}))
+                   "compete": group_compete, "elastic": group_elastic}))

@@ -25,6 +25,7 @@
 #include "kernels/backend.hpp"
 #include "model/plan.hpp"
 #include "model/stage.hpp"
+#include "model/virtual_time.hpp"
 #include "tools/bench_support.hpp"
 #include "tools/job_file.hpp"
 #include "tools/local_cluster.hpp"
@@ -618,6 +619,89 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
     }
   }
 
+  // ---- throughput at N of N0: measured pieces, replayed on virtual time
+  // ----------------------------------
+  // Pieces of one step by one worker, one thread, nothing else of ours running. A block's time is
+  // what is left when a model without the other blocks is taken off.
+  unit_times measured_pieces(const job_spec& spec) {
+    const auto phases = [&](std::int64_t layers) {
+      job_spec own = spec;
+      own.model.n_layer = layers;
+      ranks alone(own, 1);
+      std::vector<double> f, i, w, vote, apply;
+      for (int k = 0; k < 2 + own_.rounds; ++k) {
+        alone.cpu_seconds();
+        if (k < 2) continue;
+        const step_times& t = alone.runners[0]->times();
+        f.push_back(static_cast<double>(t.forward_us));
+        i.push_back(static_cast<double>(t.backward_input_us));
+        w.push_back(static_cast<double>(t.backward_weight_us));
+        vote.push_back(static_cast<double>(t.vote_us));
+        apply.push_back(static_cast<double>(t.apply_us));
+      }
+      const double per = 1e-6 / static_cast<double>(own.batch.microbatch_count());
+      struct {
+        double forward, input, weight, vote, apply;
+        std::int64_t parameters;
+      } out{median(f) * per,     median(i) * per,      median(w) * per,
+            median(vote) * 1e-6, median(apply) * 1e-6, parameter_count(own.model)};
+      return out;
+    };
+    const auto few = phases(1), many = phases(spec.model.n_layer);
+    const double blocks = static_cast<double>(spec.model.n_layer - 1);
+    unit_times t;
+    t.block = {(many.forward - few.forward) / blocks, (many.input - few.input) / blocks,
+               (many.weight - few.weight) / blocks};
+    // Nearly all of the rest is the head's matrix product.
+    t.head = {std::max(0.0, few.forward - t.block.forward),
+              std::max(0.0, few.input - t.block.backward_input),
+              std::max(0.0, few.weight - t.block.backward_weight)};
+    t.vote_seconds = many.vote;
+    t.optimizer_seconds_per_parameter = many.apply / static_cast<double>(many.parameters);
+    // A gigabit and 50 us a frame: slower than loopback, so that the reduction has its price.
+    t.link_seconds = 50e-6;
+    t.link_seconds_per_byte = 1.0 / 125e6;
+    t.merge_seconds_per_parameter = 12.0 / 5e9;  // two reads and a write at 5 GB/s
+    return t;
+  }
+
+  void throughput() {
+    job_spec spec =
+        small_job("throughput",
+                  {"elasticity.workers=1..8", "batch.micro=auto", "batch.leaves=auto"},
+                  "{n_layer: 6, d_model: 192, n_head: 6, vocab_size: 256, context: 64}", 512)
+            .spec;
+    const unit_times pieces = measured_pieces(spec);
+    for (const auto& [along, name] : {std::pair{stretch::replicas, "replicas"},
+                                      std::pair{stretch::chosen, "the planner's layouts"}}) {
+      auto points = predicted_throughput(spec, 8, 4, along, pieces);
+      figure f{fmt::format("throughput at 4..8 of 8 workers against N/8, {}", name),
+               "",
+               0,
+               std::nan(""),
+               std::nan(""),
+               ">=0.90",
+               false,
+               ""};
+      if (!points) {
+        f.note = points.err().message;
+        print(f);
+        continue;
+      }
+      f.events = points->size();
+      f.value = 2;
+      std::string row;
+      for (const throughput_point& p : *points) {
+        f.value = std::min(f.value, p.share_kept);
+        row += fmt::format("{}{}: {:.2f}", row.empty() ? "" : ", ", p.workers, p.share_kept);
+        f.more["shares"][std::to_string(p.workers)] = p.share_kept;
+      }
+      f.is_met = f.value >= 0.9;
+      f.note = "virtual time from measured pieces, links of 1 Gbit/s; " + row;
+      print(f);
+    }
+  }
+
   void balance() {
     for (const int most : {4, 8, 16, 64}) {
       job_spec spec =
@@ -641,6 +725,56 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
       f.note = fmt::format("{} leaves; worst at {} replicas", spec.batch.leaf_count, at);
       print(f);
     }
+  }
+
+  // ---- a bit flipped in a worker's memory
+  // --------------------------------------------------------------
+  void flip() {
+    std::vector<double> steps_until;
+    int named = 0, events = 0;
+    const int wanted = std::max(1, own_.events / 4);  // a cluster of its own each
+    for (; events < wanted && !is_interrupted(); ++events) {
+      job_file job = laid_out(small_job("flip", {"checkpoint.every=10 steps"}), 1, 3, 3);
+      local_cluster cluster({next_folder(), "127.0.0.1:0", 1, ""});
+      if (!cluster.start_coordinator()) break;
+      const int at = 15 + events;
+      std::string bad;
+      for (int i = 0; i < 3; ++i) {
+        auto name = cluster.start_worker(
+            i == events % 3 ? std::vector<std::string>{"--inject", fmt::format("flip@{}", at)}
+                            : std::vector<std::string>{});
+        if (!name) return;
+        if (i == events % 3) bad = *name;
+      }
+      exit_code code{};
+      auto id = submit_job_file(flags_, cluster.api(), job, code);
+      if (!id) break;
+      json found;
+      wait_until(
+          [&] {
+            auto events_now = cluster.api().get("/jobs/" + *id + "/events");
+            if (events_now)
+              for (const auto& e : (*events_now)["events"])
+                if (e.value("kind", "") == "silent_corruption") found = e;
+            return !found.is_null() || is_interrupted();
+          },
+          60s, 50ms);
+      cluster.stop();
+      if (found.is_null()) continue;
+      steps_until.push_back(std::stod(found["fields"].value("step", "0")) - at);
+      named += found["fields"].value("workers", "") == bad;
+    }
+    figure f{"a silent bit flip: steps until it is found, 3 replicas",
+             "",
+             steps_until.size(),
+             median(steps_until),
+             quantile(steps_until, 1.0),
+             "named",
+             {},
+             ""};
+    f.is_met = events > 0 && named == events;
+    f.note = fmt::format("{} of {} found and the worker named", named, events);
+    print(f);
   }
 
   // ---- one neighbour copy against none: a pipeline of two on two cores
@@ -677,6 +811,127 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
       gaps.push_back(steps[k].unix_ms - steps[k - 1].unix_ms);
     run.end();
     return median(gaps);
+  }
+
+  // ---- beside torchrun + DDP + Gloo: the same kills, seeded
+  // ---------------------------------------------
+  void peer() {
+    if (own_.peer.empty()) return;
+    std::string python = own_.peer;
+    if (fs::is_directory(python)) python += "/bin/python";
+    std::mt19937_64 random(3);
+    std::vector<std::pair<double, int>> kills;
+    std::string list;
+    for (int i = 0; i < own_.events; ++i) {
+      kills.emplace_back(0.2 + static_cast<double>(random() % 400) / 1e3,
+                         static_cast<int>(random() % 2));
+      list +=
+          fmt::format("{}{:.3f}:{}", i == 0 ? "" : " ", kills.back().first, kills.back().second);
+    }
+    const int steps = 100 + 40 * own_.events;
+    const auto theirs = peer_outcome(fmt::format(
+        "env -u OPENBLAS_CORETYPE OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo {} {} --steps {} --kills "
+        "'{}'",
+        python, own_.peer_script.empty() ? "tools/bench_peer_elastic.py" : own_.peer_script, steps,
+        list));
+    const auto ours = our_outcome(kills, steps);
+    for (const auto& [who, o] : {std::pair{std::string("stagecoach"), ours},
+                                 std::pair{"torchrun + DDP + Gloo " + theirs.version, theirs}}) {
+      figure f{"same kills, 2 workers: " + who,
+               "s",
+               o.seconds.size(),
+               median(o.seconds),
+               quantile(o.seconds, 0.99),
+               "",
+               {},
+               ""};
+      f.note =
+          o.problem.empty()
+              ? fmt::format("{:.0f} steps lost; step {:.0f} ms; {} alone, {} after the kills: {}",
+                            o.lost, o.step_s * 1e3, o.calm.substr(0, 8), o.storm.substr(0, 8),
+                            o.calm == o.storm ? "same bits" : "OTHER BITS")
+              : "not measured: " + o.problem;
+      f.more = {{"steps_lost", o.lost}, {"hash_calm", o.calm}, {"hash_storm", o.storm}};
+      print(f);
+    }
+  }
+
+  struct outcome {
+    std::vector<double> seconds;
+    double lost = 0, step_s = std::nan("");
+    std::string calm, storm, version, problem;
+  };
+
+  static outcome peer_outcome(const std::string& command) {
+    outcome o;
+    FILE* pipe = popen(command.c_str(), "r");
+    std::string text;
+    char buffer[4096];
+    while (pipe != nullptr && std::fgets(buffer, sizeof buffer, pipe) != nullptr) text = buffer;
+    if (pipe != nullptr) pclose(pipe);
+    const json line = json::parse(text, nullptr, false);
+    if (line.is_discarded() || !line.contains("seconds")) {
+      o.problem = "the peer's script printed no result (does its Python have PyTorch?)";
+      return o;
+    }
+    for (const auto& x : line["seconds"]) o.seconds.push_back(x.get<double>());
+    for (const auto& x : line["lost"]) o.lost += x.get<double>();
+    o.step_s = line.value("step_s", 0.0);
+    o.calm = line.value("hash_calm", "");
+    o.storm = line.value("hash_storm", "");
+    o.version = line.value("version", "");
+    return o;
+  }
+
+  // Two workers, as the peer has; a killed one is started again at once, as torchrun does.
+  outcome our_outcome(const std::vector<std::pair<double, int>>& kills, int steps) {
+    outcome o;
+    const std::vector<std::string> sets = {fmt::format("stop.steps={}", steps),
+                                           "checkpoint.every=20 steps"};
+    for (const bool is_calm : {true, false}) {
+      live_job run(flags_, next_folder(), laid_out(small_job("peer", sets), 1, 2, 2), 2);
+      if (!run.is_up()) return o.problem = "the cluster did not start", o;
+      for (std::size_t i = 0; !is_calm && i < kills.size() && !is_interrupted(); ++i) {
+        auto before = run.settle(2, 3);
+        if (!before || before->step > steps - 10) break;
+        std::this_thread::sleep_for(std::chrono::duration<double>(kills[i].first));
+        before = run.look();
+        if (!before || before->members.size() < 2) continue;
+        const std::string victim = before->members[static_cast<std::size_t>(kills[i].second)];
+        (void)run.first_start_after(1e300);
+        const double struck = unix_ms();
+        run.cluster.worker(victim).signal(SIGKILL);
+        run.cluster.forget_worker(victim);
+        (void)run.cluster.start_worker();
+        auto after = run.wait_for([&](const live_job::state& s) {
+          return s.generation > before->generation && s.is_running();
+        });
+        const auto start = after ? run.first_start_after(struck) : std::nullopt;
+        if (!start) break;
+        o.lost += static_cast<double>(std::max<std::int64_t>(0, before->step - *start));
+        (void)run.wait_for([&](const live_job::state& s) { return s.step > *start + 1; });
+        for (const auto& c : run.commits(*start, struck))
+          if (c.step == *start + 1) o.seconds.push_back((c.unix_ms - struck) / 1e3);
+      }
+      json end;
+      wait_until(
+          [&] {
+            auto job = run.cluster.api().get("/jobs/" + run.id, 2s);
+            if (job) end = *job;
+            return is_interrupted() || end.value("state", "") == "COMPLETED";
+          },
+          600s, 50ms);
+      (is_calm ? o.calm : o.storm) = end.value("weights_hash", "");
+      if (is_calm) {
+        const auto list = run.commits(5, 0);
+        std::vector<double> gaps;
+        for (std::size_t k = 1; k < list.size(); ++k)
+          gaps.push_back((list[k].unix_ms - list[k - 1].unix_ms) / 1e3);
+        o.step_s = median(gaps);
+      }
+      run.cluster.stop();
+    }
+    return o;
   }
 
   const global_flags& flags_;
