@@ -697,7 +697,9 @@ void add_job_commands(command_line c) {
     auto app = add(c, "priority", "change a job's priority, waiting or running; larger first", own,
                    run_priority, "  stagecoach priority my-job 5\n  stagecoach why my-job");
     app->add_option("JOB", own->job, "name or id")->required();
-    app->add_option("N", own->priority, "-1000000 to 1000000")->required();
+    app->add_option("N", own->priority, "-1000000 to 1000000")
+        ->required()
+        ->check(CLI::Range(-1000000, 1000000));
   }
   {
     auto own = fresh();
