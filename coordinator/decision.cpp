@@ -55,8 +55,10 @@ class chooser {
       }
     }
     const std::vector<holder> holders = holders_of(at, vote.has_value());
-    const std::optional<std::vector<int>> chosen = cover(holders);
-    if (!chosen) return std::nullopt;
+    tensor_set covered(sizes_.size(), 0);
+    const std::optional<std::vector<int>> chosen = seat(holders, {}, covered);
+    if (!chosen || std::find(covered.begin(), covered.end(), 0) != covered.end())
+      return std::nullopt;
 
     live_choice choice;
     choice.step = at.step;
@@ -67,7 +69,27 @@ class chooser {
     for (const int c : choice.by_rank) {
       if (held.count(c) != 0 && held.at(c)->rolls_forward) choice.roll_forward = vote;
     }
-    choice.transfers = transfers(choice.by_rank, held);
+    choice.transfers = transfers(choice.by_rank, choice.by_rank, held);
+    return choice;
+  }
+
+  std::optional<feed_choice> choose_for_feed(const stand& at,
+                                             const std::vector<bool>& is_leaving) const {
+    const std::vector<holder> holders = holders_of(at, false);
+    tensor_set covered(sizes_.size(), 0);
+    const std::optional<std::vector<int>> chosen = seat(holders, is_leaving, covered);
+    if (!chosen) return std::nullopt;
+    std::map<int, const holder*> held;
+    for (const holder& h : holders) held[h.candidate] = &h;
+    feed_choice choice;
+    choice.by_rank = sit(*chosen, held);
+    std::vector<int> givers;
+    for (const holder& h : holders) givers.push_back(h.candidate);
+    for (transfer_record t : transfers(choice.by_rank, givers, held)) {
+      t.from_rank = givers[static_cast<std::size_t>(t.from_rank)];
+      t.to_rank = choice.by_rank[static_cast<std::size_t>(t.to_rank)];
+      choice.transfers.push_back(std::move(t));
+    }
     return choice;
   }
 
@@ -113,10 +135,14 @@ class chooser {
     return holders;
   }
 
-  /// Candidates for all seats such that together they hold every tensor.
-  std::optional<std::vector<int>> cover(const std::vector<holder>& holders) const {
+  /// Candidates for all seats: such that together they hold as much as they can, which is covered.
+  std::optional<std::vector<int>> seat(const std::vector<holder>& holders,
+                                       const std::vector<bool>& is_leaving,
+                                       tensor_set& covered) const {
     const auto seats = static_cast<std::size_t>(shape_.worker_count());
-    tensor_set covered(sizes_.size(), 0);
+    const auto leaves = [&is_leaving](int c) {
+      return !is_leaving.empty() && is_leaving[static_cast<std::size_t>(c)];
+    };
     std::vector<int> chosen;
     std::vector<char> is_taken(holders.size(), 0);
     // Greedy by what is still missing. Not always the smallest cover, but holders are whole stages
@@ -125,7 +151,7 @@ class chooser {
       std::int64_t best_gain = 0;
       std::size_t best = holders.size();
       for (std::size_t i = 0; i < holders.size(); ++i) {
-        if (is_taken[i] != 0) continue;
+        if (is_taken[i] != 0 || leaves(holders[i].candidate)) continue;
         std::int64_t gain = 0;
         for (std::size_t t = 0; t < covered.size(); ++t) {
           if (covered[t] == 0 && holders[i].tensors[t] != 0) gain += size(static_cast<int>(t));
@@ -140,10 +166,9 @@ class chooser {
       chosen.push_back(holders[best].candidate);
       for (std::size_t t = 0; t < covered.size(); ++t) covered[t] |= holders[best].tensors[t];
     }
-    if (std::find(covered.begin(), covered.end(), 0) != covered.end()) return std::nullopt;
     // Other holders before those who would need everything.
     for (std::size_t i = 0; i < holders.size() && chosen.size() < seats; ++i) {
-      if (is_taken[i] == 0) chosen.push_back(holders[i].candidate);
+      if (is_taken[i] == 0 && !leaves(holders[i].candidate)) chosen.push_back(holders[i].candidate);
     }
     std::vector<int> rest(candidates_.size());
     std::iota(rest.begin(), rest.end(), 0);
@@ -153,7 +178,8 @@ class chooser {
     });
     for (const int c : rest) {
       if (chosen.size() == seats) break;
-      if (std::find(chosen.begin(), chosen.end(), c) == chosen.end()) chosen.push_back(c);
+      if (!leaves(c) && std::find(chosen.begin(), chosen.end(), c) == chosen.end())
+        chosen.push_back(c);
     }
     if (chosen.size() < seats) return std::nullopt;
     return chosen;
@@ -191,12 +217,14 @@ class chooser {
     return by_rank;
   }
 
+  /// What the holders of the seats lack; from_rank is a place among the givers.
   std::vector<transfer_record> transfers(const std::vector<int>& by_rank,
+                                         const std::vector<int>& givers,
                                          const std::map<int, const holder*>& held) const {
     std::vector<transfer_record> list;
-    std::vector<std::int64_t> sent(by_rank.size(), 0);
-    const auto holds = [&](std::size_t rank, int tensor) {
-      const auto h = held.find(by_rank[rank]);
+    std::vector<std::int64_t> sent(givers.size(), 0);
+    const auto holds = [&](int candidate, int tensor) {
+      const auto h = held.find(candidate);
       return h != held.end() && h->second->tensors[static_cast<std::size_t>(tensor)] != 0;
     };
     std::vector<std::string> hosts;
@@ -213,15 +241,13 @@ class chooser {
       }
       for (std::size_t i = 0; i < tensors.size(); ++i) {
         const int tensor = tensors[i];
-        if (holds(to, tensor)) continue;
+        if (holds(by_rank[to], tensor)) continue;
         // The least busy sender, so that one survivor does not feed all joiners alone.
-        std::size_t from = by_rank.size();
-        for (std::size_t rank = 0; rank < by_rank.size(); ++rank) {
-          if (holds(rank, tensor) && (from == by_rank.size() || sent[rank] < sent[from])) {
-            from = rank;
-          }
+        std::size_t from = givers.size();
+        for (std::size_t i = 0; i < givers.size(); ++i) {
+          if (holds(givers[i], tensor) && (from == givers.size() || sent[i] < sent[from])) from = i;
         }
-        invariant(from < by_rank.size(), "the members that were chosen hold every tensor");
+        invariant(from < givers.size(), "the members that were chosen hold every tensor");
         const bool is_parameter_only = i >= whole_count;
         sent[from] += is_parameter_only ? size(tensor) / 3 : size(tensor);
         list.push_back({sizes_[static_cast<std::size_t>(tensor)].name, static_cast<int>(from),
@@ -253,6 +279,17 @@ std::optional<live_choice> choose_live(const job_spec& spec, const layout& shape
   const chooser choose(spec, shape, candidates);
   for (auto at = stands.rbegin(); at != stands.rend(); ++at) {
     if (auto choice = choose.choose(*at)) return choice;
+  }
+  return std::nullopt;
+}
+
+std::optional<feed_choice> choose_feed(const job_spec& spec, const layout& shape,
+                                       const std::vector<candidate>& candidates,
+                                       const std::vector<bool>& is_leaving) {
+  for (const candidate& c : candidates) {
+    if (!c.answer.has_state) continue;
+    return chooser(spec, shape, candidates)
+        .choose_for_feed({c.answer.step, c.answer.chain}, is_leaving);
   }
   return std::nullopt;
 }

@@ -39,6 +39,19 @@ std::optional<live_choice> choose_live(const job_spec& spec, const layout& shape
                                        const std::vector<candidate>& candidates,
                                        std::uint64_t step_min);
 
+/// Who will sit where after a voluntary change, and what is to be copied for it while the present
+/// generation runs. Indices are into the candidates, also from_rank and to_rank.
+struct feed_choice {
+  std::vector<int> by_rank;
+  std::vector<transfer_record> transfers;
+};
+
+/// The same seats and needs as choose_live would find with these candidates; those that leave give
+/// and get none. Answers say what each holds now, all at one step and chain. None: too few.
+std::optional<feed_choice> choose_feed(const job_spec& spec, const layout& shape,
+                                       const std::vector<candidate>& candidates,
+                                       const std::vector<bool>& is_leaving);
+
 /// Members for a start from disk: by worker id.
 std::vector<int> choose_fresh(const layout& shape, const std::vector<candidate>& candidates);
 

@@ -82,7 +82,7 @@ void job_machine::fail_generation(const std::string& why) {
 }
 
 // ---- prepare ----
-void job_machine::start_preparing(const std::string& reason) {
+void job_machine::start_preparing(const std::string& reason, std::uint64_t wait_step) {
   number_ = std::max(number_, record_.number) + 1;
   record_.number = number_;
   // Before anyone hears of the number: after a crash it must not be used for another plan.
@@ -102,6 +102,10 @@ void job_machine::start_preparing(const std::string& reason) {
   has_save_failed_ = false;
   drop_yield();  // who waits asks again once this job runs
   if (is_after_loss_) is_shrunk_ = false;
+  feed_.reset();  // workers end it with the prepare
+  wait_step_ = wait_step;
+  before_switch_.reset();
+  if (wait_step != 0 && newest_report_.step == wait_step) before_switch_ = newest_report_;
   for (auto& [worker, m] : members_) {
     m.loaded.reset();
     m.is_held = m.is_finished = m.is_astray = false;
@@ -112,7 +116,7 @@ void job_machine::start_preparing(const std::string& reason) {
 void job_machine::ask(member& m) {
   m.answer.reset();
   m.asked_ms = now_ms_;
-  if (m.is_connected) send(m.facts.id, prepare{value(id()), number_});
+  if (m.is_connected) send(m.facts.id, prepare{value(id()), number_, "", wait_step_});
 }
 
 void job_machine::consider_decision() {
@@ -159,6 +163,7 @@ void job_machine::consider_decision() {
 }
 
 void job_machine::decide(const std::vector<member*>& answered) {
+  if (decide_fed(answered)) return;
   const int count = std::min(static_cast<int>(answered.size()), workers_most());
   const result<layout> shape = choose_layout(record_.spec, count);
   if (!shape) return end(job_state::failed, shape.err().message);
@@ -351,12 +356,15 @@ void job_machine::commit_generation(const choice& c) {
   for (const worker_id worker : workers()) {
     const member& m = members_.at(worker);
     if (m.rank >= 0) continue;
-    const std::string why = m.answer ? "the plan does not need it" : "did not answer prepare";
+    const std::string why = m.is_draining ? "drained"
+                            : m.answer    ? "the plan does not need it"
+                                          : "did not answer prepare";
     send(worker, stop_stage{value(id()), why});
     release(worker, why, !m.answer);
   }
   sought_.clear();
   missed_.clear();
+  failed_feeds_ = 0;
   resumed_step_.reset();
   reported_step_ = c.step;
   step_us_.clear();

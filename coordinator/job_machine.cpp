@@ -377,6 +377,7 @@ void job_machine::said(member& m, const progress& x) {
   }
   while (step_us_.size() > step_us_count_max) step_us_.pop_front();
   if (is_of_this && !x.steps.empty() && x.steps.back().step > generation_->step) {
+    for (const step_report& s : x.steps) note_switch(s);
     fruitless_count_ = 0;
     m.step = std::max(m.step, x.steps.back().step);
     if (loss_ms_ >= 0) {
@@ -689,6 +690,8 @@ worker_wish job_machine::wish(int free_suitable) const {
           !yielding().empty()) {
         return {};
       }
+      // The next come with the next change: a feed that begins anew for each would never end.
+      if (feed_) return {};
       const int grown = grown_count(std::min(missing, free_suitable));
       const bool replaces = staying_count() < planned_count();  // someone is draining
       if (grown <= staying_count() || (grown <= planned_count() && !replaces)) return {};

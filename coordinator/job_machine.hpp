@@ -36,6 +36,8 @@
 
 namespace stagecoach {
 
+struct candidate;  // coordinator/decision.hpp
+
 enum class connection_id : std::uint64_t;  // given by coordinator/gateway.hpp; 0 is "none"
 enum class reply_id : std::uint64_t {};    // given by the shell with a request; 0: nobody waits
 
@@ -70,6 +72,8 @@ struct detection {
   std::int64_t order_wait = 120'000;    // end without the final save, cancel without its save
   std::int64_t finish_wait = 5'000;     // final manifest durable, a member has not said finished
   std::int64_t burst_wait = 500;        // joiners that come together make one generation
+  std::int64_t feed_wait = 10'000;      // until the links of a feed stand
+  std::int64_t feed_back_off = 2'000;   // a feed that failed is tried again
   std::int64_t retry_wait = 5'000;      // a failed save of the last step is tried again
   std::int64_t back_off_first = 200;    // after a generation that failed before it ran; doubles
   std::int64_t back_off_max = 10'000;
@@ -448,6 +452,8 @@ class job_machine {
   void said(member& m, const probed& x);
   void said(member& m, const log_line& x);
   void said(member& m, const goodbye& x);
+  void said(member& m, const feed_ready& x);
+  void said(member& m, const fed& x);
   template <class T>
   void said(member&, const T&) {}  // what this machine has no part in
 
@@ -480,12 +486,13 @@ class job_machine {
   std::string name_of(worker_id id) const;
 
   // A generation, from prepare to run.
-  void start_preparing(const std::string& reason);
+  void start_preparing(const std::string& reason, std::uint64_t wait_step = 0);
   void ask(member& m);
   void consider_decision();
   void decide(const std::vector<member*>& answered);
   int silent_count() const;
   bool is_hopeful() const;  // a silent one is still worth the wait
+  bool decide_fed(const std::vector<member*>& answered);
   bool is_held_back(std::uint64_t step);
   void commit_generation(const choice& c);
   void send_commit(const member& m);
@@ -510,6 +517,15 @@ class job_machine {
   void consider_yielded_hold();  // all stand, for "suspend" or "shrink"
   void drop_yield();
   void count_waiting(std::int64_t passed_ms);
+  // What a change needs, copied while the generation runs.
+  bool is_prepared_for_change(const std::string& reason);
+  std::vector<candidate> present_holdings(const std::vector<member*>& order) const;
+  bool start_feed(const std::string& reason, std::set<worker_id> staff,
+                  std::set<worker_id> leaving);
+  void watch_feed();
+  void stop_feed(const std::string& why);
+  void fail_feed(const std::string& why);
+  void note_switch(const step_report& first);
 
   // Saves and the end.
   void saved(const part_saved& x, worker_id from);
@@ -603,6 +619,19 @@ class job_machine {
   std::optional<open_case> case_;  // one of them is right; the steps done again tell which
   std::map<std::uint64_t, std::string> weights_hashes_;  // that all voted, of the newest steps
   std::set<worker_id> distrusted_;
+  // A feed, see job_feed.cpp.
+  struct feeding {
+    std::uint64_t request = 0;
+    std::set<worker_id> staff, leaving;  // members, and who drains, when it began
+    std::set<worker_id> participants, receivers, ready, fed;
+    bool is_done = false;  // all that a change needs is where it must be
+    std::int64_t since_ms = 0, ordered_ms = -1;
+  };
+  std::optional<feeding> feed_;
+  std::uint64_t last_feed_ = 0;
+  std::optional<step_report> before_switch_;  // last of the generation that a fed switch ended
+  int failed_feeds_ = 0;                      // of this generation
+  std::uint64_t wait_step_ = 0;               // of the prepare that ends a fed hold; 0: another one
 
   // Among other jobs.
   std::string suspended_for_;  // words: for whom; empty: it is not to be suspended

@@ -44,6 +44,7 @@ void job_machine::consider_change() {
   const bool can_grow = !is_draining && grown > planned_count();
   if (!can_drain && !can_grow) {
     change_since_ms_ = -1;
+    if (feed_) stop_feed("nothing is to be changed any more");
     // Of no use to any layout (or gone again): others may have them.
     for (const worker_id worker : joiners) {
       if (is_draining) break;
@@ -54,9 +55,10 @@ void job_machine::consider_change() {
   }
   if (change_since_ms_ < 0) change_since_ms_ = now_ms_;
   if (now_ms_ - change_since_ms_ < rules_.burst_wait) return;
-  // A drained worker's state may be nobody else's, so it is saved first.
-  if (can_drain) return start_hold("drain", {order_kind::save, order_kind::hold});
-  start_hold("grow", {order_kind::hold});
+  if (!is_prepared_for_change(can_drain ? "drain" : "grow")) return;
+  // A drained worker's state may be nobody else's: where it could not be copied, it is saved first.
+  if (can_drain && !feed_) return start_hold("drain", {order_kind::save, order_kind::hold});
+  start_hold(can_drain ? "drain" : "grow", {order_kind::hold});
 }
 
 void job_machine::start_hold(const std::string& reason, std::set<order_kind> orders) {
@@ -128,6 +130,12 @@ void job_machine::consider_hold() {
         std::any_of(ranks.begin(), ranks.end(), [](const member* m) { return m->is_draining; }) &&
         grown_count(0) >= workers_least();
     if (!is_wanted) return resume_after_hold("the drain was withdrawn");
+    const bool is_fed = feed_ && feed_->is_done;
+    if (is_fed) {
+      // Who leaves gives its last gradient on, so it is let go by the commit and not before.
+      is_after_loss_ = false;
+      return start_preparing("drain", step);
+    }
     if (!is_saved && !is_save_hopeless) return;
     if (!is_saved) {
       no_change_before_ms_ = now_ms_ + 6 * rules_.retry_wait;
@@ -147,7 +155,7 @@ void job_machine::consider_hold() {
   }
   if (hold_reason_ == "grow" && grown_count(0) > planned_count()) {
     is_after_loss_ = false;
-    return start_preparing("grow");
+    return start_preparing("grow", feed_ && feed_->is_done ? step : 0);
   }
   resume_after_hold("nothing is to be changed any more");
 }

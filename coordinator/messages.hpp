@@ -231,6 +231,8 @@ struct feed_ready {  // the links of a feed stand
 };
 struct fed {  // all that the feed brings is here and keeps up; step: where it stands
   std::uint64_t job = 0, generation = 0, request = 0, step = 0;
+  std::string problem{};  // not empty: it can't go on, and why
+  bool is_own = false;    // the problem is this worker's own (a data file, ...), no link's
 };
 
 struct probed {  // answers probe
@@ -315,7 +317,7 @@ struct checkpoint_durable {  // frees the worker's copy; the newest durable step
 struct feed {
   std::uint64_t job = 0, generation = 0, plan_hash = 0, request = 0;
   job_spec spec;
-  std::vector<plan_member> participants;   // members of the generation by rank, then joiners
+  std::vector<plan_member> participants;   // who gives or gets; members by rank, then joiners
   std::vector<transfer_record> transfers;  // from_rank, to_rank: indices into participants
   std::uint64_t step_bytes_max = 0;        // state that one sender gives per step, about
 };
@@ -477,7 +479,7 @@ STAGECOACH_FIELDS(plan_report, v("job", m.job), v("plan", m.shape), v("source", 
 STAGECOACH_FIELDS(feed_ready, v("job", m.job), v("generation", m.generation),
                   v("request", m.request))
 STAGECOACH_FIELDS(fed, v("job", m.job), v("generation", m.generation), v("request", m.request),
-                  v("step", m.step))
+                  v("step", m.step), v("problem", m.problem), v("is_own", m.is_own))
 STAGECOACH_FIELDS(probed, v("job", m.job), v("generation", m.generation), v("peer", m.peer),
                   v("verdict", m.verdict), v("why", m.why))
 STAGECOACH_FIELDS(audited, v("job", m.job), v("audit", m.audit), v("is_identical", m.is_identical),

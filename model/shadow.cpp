@@ -28,12 +28,12 @@ float* shadow_state::array(const std::string& name, int kind) const {
 }
 
 void shadow_state::apply(const tensor_info& tensor, const float* gradient,
-                         const adamw_scalars& scalars) {
+                         const adamw_scalars& scalars, std::int64_t begin, std::int64_t count) {
   invariant(is_held(tensor.name), "a gradient is applied to a tensor that is held");
   adamw_scalars own = scalars;
   if (!tensor.decays()) own.weight_decay = 0;
-  device_->adamw(parameter(tensor.name), moment1(tensor.name), moment2(tensor.name), gradient,
-                 tensor.count(), own);
+  device_->adamw(parameter(tensor.name) + begin, moment1(tensor.name) + begin,
+                 moment2(tensor.name) + begin, gradient, count, own);
 }
 
 tensor_hash shadow_state::state_hash() const {

@@ -33,7 +33,12 @@ class shadow_state {
   float* moment2(const std::string& name) { return array(name, 2); }
 
   /// AdamW on one tensor.
-  void apply(const tensor_info& tensor, const float* gradient, const adamw_scalars& scalars);
+  void apply(const tensor_info& tensor, const float* gradient, const adamw_scalars& scalars) {
+    apply(tensor, gradient, scalars, 0, tensor.count());
+  }
+  /// On its elements [begin, begin + count), of which gradient is.
+  void apply(const tensor_info& tensor, const float* gradient, const adamw_scalars& scalars,
+             std::int64_t begin, std::int64_t count);
 
   tensor_hash state_hash() const;  // parameters and moments, as stage::state_hash
   std::int64_t allocated_bytes() const;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The exactness promise with real processes: layouts, kills, restarts, damaged stores; always the same hash.
 
-usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | sharded | restarts | store | compete
+usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | feeds | sharded | restarts | store | compete
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
@@ -13,7 +13,7 @@ import sys
 import time
 
 sys.dont_write_bytecode = True
-from cluster import PROGRAM, RANDOM, ROOT, check, explicit, golden, job_file, main, run, same
+from cluster import PROGRAM, RANDOM, ROOT, check, explicit, golden, job_file, main, run, same, say
 
 
 def group_matrix():
@@ -146,6 +146,69 @@ def group_sharded():
         wanted = "(live)" if is_live else "(checkpoint)"
         check(len(committed) > 1 and all(wanted in text for text in committed[1:]),
               f"{words}: {view['redone_steps']} steps redone; " + "; ".join(committed))
+
+
+def group_feeds():
+    """Growing, draining and moving copy their state in the background: the switch moves nothing and redoes nothing."""
+    steps = 600
+
+    def grown(cluster, job, workers):
+        return cluster.wait(job, lambda v: v["state"] == "COMPLETED" or (
+            v["state"] == "RUNNING" and len(v["plan"]["members"]) == workers), 30, f"a plan of {workers}")
+
+    def grow(cluster, job):
+        for workers in (2, 3):
+            cluster.wait_step(job, 30 * workers)
+            cluster.start_worker()
+            grown(cluster, job, workers)
+
+    def drain(with_spare):
+        def disturb(cluster, job):
+            cluster.wait_step(job, 40)
+            victim = cluster.members(job)[0]
+            if with_spare:
+                cluster.start_worker()
+            check(cluster.cli("drain", victim, "--reason", "test").returncode == 0, "drain is accepted")
+            cluster.wait(job, lambda v: v["state"] == "COMPLETED" or
+                         (v["state"] == "RUNNING" and victim not in [m["name"] for m in v["plan"]["members"]]), 30,
+                         "a plan without the drained worker")
+        return disturb
+
+    def kill_joiner(cluster, job):
+        cluster.wait_step(job, 40)
+        joiner = cluster.start_worker()
+        cluster.wait(job, lambda v: any(e["kind"] == "feed_started"
+                                        for e in cluster.call("GET", f"/jobs/{job}/events")["events"]), 30, "a feed")
+        cluster.kill(joiner)
+        cluster.start_worker()
+        grown(cluster, job, 2)
+
+    cases = [
+        ("grown 1 -> 2 -> 3 while it runs", 1, "1..3", "", grow, 2),
+        ("a pipeline's stage moves from a drained worker to a spare", 2, "2", explicit(2, 1), drain(True), 1),
+        ("a drained worker's stage goes to those who stay", 2, "1..2", explicit(2, 1), drain(False), 1),
+        ("a joiner killed while it is fed, then another", 1, "1..2", "", kill_joiner, 1),
+    ]
+    for i, (words, workers, band, parallelism, disturb, switches) in enumerate(cases):
+        path = job_file(f"feed{i}", steps, band, parallelism, "5000 steps")
+        events = []
+
+        def disturbed(cluster, job):
+            disturb(cluster, job)
+            cluster.finish(job)
+            events.extend(cluster.call("GET", f"/jobs/{job}/events")["events"])
+
+        view = run(f"feed{i}", path, workers, disturbed)
+        same(view, steps, words)
+        kinds = [e["kind"] for e in events]
+        committed = [e for e in events if e["kind"] == "generation_committed"][1:]
+        done = [e["fields"]["transfers"] for e in committed]
+        check(kinds.count("feed_done") >= switches and view["redone_steps"] == 0 and done == ["0"] * switches,
+              f"{words}: {kinds.count('feed_done')} feeds done, {view['redone_steps']} steps redone, "
+              f"transfers of the switches {done}")
+        for e in events:
+            if e["kind"] in ("feed_stopped", "feed_started", "switched"):
+                say("        " + e["kind"] + ": " + e["text"])
 
 
 def group_restarts():
@@ -339,6 +402,7 @@ def group_elastic():
 
 
 if __name__ == "__main__":
-    sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "sharded": group_sharded,
+    sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "feeds": group_feeds,
+                   "sharded": group_sharded,
                    "restarts": group_restarts, "store": group_store,
                    "compete": group_compete, "elastic": group_elastic}))

@@ -33,6 +33,7 @@ enum class link_tag : std::uint32_t {
   part_copy,       // checkpoint part to a second worker; number = sequence within the file
   probe,           // test use
   weights,         // sharded optimizer: an updated parameter; number = tensor index
+  feed,            // a round of a feed (worker/feeder.hpp); step = round
   copy_gradient,   // a stage's reduced gradient to who keeps a copy of it; number = 0
 };
 

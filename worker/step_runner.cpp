@@ -579,15 +579,7 @@ void step_runner::apply(const vote_result& vote) {
   invariant(has_pending(vote.step), "a vote is applied to its own reduced gradient");
   stopwatch watch(times_.apply_us);
   if (vote.finite) {
-    adamw_scalars scalars;
-    scalars.lr = static_cast<float>(vote.lr.get());
-    scalars.beta1 = static_cast<float>(spec_.optimizer.beta1);
-    scalars.beta2 = static_cast<float>(spec_.optimizer.beta2);
-    scalars.eps = static_cast<float>(spec_.optimizer.eps);
-    scalars.weight_decay = static_cast<float>(spec_.optimizer.weight_decay);
-    scalars.bias1 = static_cast<float>(vote.bias1.get());
-    scalars.bias2 = static_cast<float>(vote.bias2.get());
-    scalars.grad_scale = static_cast<float>(vote.grad_scale.get());
+    const adamw_scalars scalars = scalars_of(vote, spec_);
     stage_.apply(stack_.front(), scalars);
     for (const copy_tensor& t : copy_tensors_)
       copies_->apply(t.tensor, copy_gradients_.data() + t.offset, scalars);
@@ -620,6 +612,15 @@ result<void> step_runner::share_weights(const vote_result& vote) {
       return got;
   }
   return ok();
+}
+
+const float* step_runner::reduced_gradient(int tensor_index) const {
+  if (stack_.empty()) return nullptr;
+  for (const gradient_slot& slot : stage_.gradient_layout())
+    if (slot.tensor_index == tensor_index) return stack_.front() + slot.offset;
+  for (const copy_tensor& t : copy_tensors_)
+    if (t.tensor.index == tensor_index) return copy_gradients_.data() + t.offset;
+  return nullptr;
 }
 
 bool step_runner::takes_part_in_evaluation() const { return replica_ == 0; }

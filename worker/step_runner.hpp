@@ -72,6 +72,8 @@ class step_runner {
   /// have no moments of them; else nothing. Where it fails (cancelled, unreachable) the parameters
   /// without moments here are of either step: they must come from their owners.
   result<void> share_weights(const vote_result& vote);
+  /// Of the step applied last, until the next compute() begins; null where it is not held.
+  const float* reduced_gradient(int tensor_index) const;
   /// True while the reduced gradient of `step` is complete and not yet applied.
   bool has_pending(std::uint64_t step) const { return pending_step_ == step && step != 0; }
 

@@ -22,6 +22,7 @@
 #include "model/tensor_names.hpp"
 #include "storage/dataset.hpp"
 #include "storage/part.hpp"
+#include "worker/feeder.hpp"
 #include "worker/step_runner.hpp"
 #include "worker/window_run.hpp"
 
@@ -94,12 +95,16 @@ struct save_work {
 };
 
 struct command {
-  enum class kind { drop, load, run, resume, stop } what;
+  enum class kind { drop, load, run, resume, stop, warm_up } what;
   prepare p;
   commit c;
   std::string reason;
   std::uint64_t job = 0, generation = 0;
+  feed f;
 };
+
+// A taker is given the rest of the step at which all hold; more than a round is never on its way.
+constexpr auto feed_patience = 1500ms;
 
 // Which tensors a (stage, replica) saves: the stage's own tensors, cut among its replicas in order
 // by bytes, or by whose moments they are where those are shared out.
@@ -148,6 +153,7 @@ int count_parts(const job_spec& spec, const plan& shape) {
 struct trainer::implementation {
   implementation(trainer_options o, link_server& l) : options(std::move(o)), links(l) {
     device = make_cpu_backend(options.threads, options.isa);
+    feed_device = make_cpu_backend(1, options.isa);
     faults = fault_injection(std::move(options.faults));
     worker_thread = std::thread([this] { loop(); });
     writer_thread = std::thread([this] { write_loop(); });
@@ -167,7 +173,9 @@ struct trainer::implementation {
     }
     write_wake.notify_all();
     writer_thread.join();
+    feeding.reset();
     runner.reset();
+    was_fed.reset();
     copies.reset();
     model.reset();
   }
@@ -223,6 +231,9 @@ struct trainer::implementation {
         case command::kind::stop:
           on_stop(c.job);
           break;
+        case command::kind::warm_up:
+          on_warm_up(c.f);
+          break;
       }
     }
   }
@@ -230,17 +241,22 @@ struct trainer::implementation {
   void on_drop(const prepare& p) {
     flush_progress();
     close_links();
+    take_fed(p);
     prepared answer;
     answer.job = p.job;
     answer.number = p.number;
-    if (model && value(shape.job) == p.job && has_state) {
+    if (value(shape.job) == p.job && has_state) {
       answer.has_state = true;
       answer.step = state_step;
       answer.chain = state_chain;
-      // Who has no moments of a tensor can't go on with it alone.
-      for (const tensor_info& t : model->tensors())
-        if (model->moment1(t.name) != nullptr) answer.tensors.push_back(t.name);
-      for (const tensor_info& t : copies->tensors()) answer.tensors.push_back(t.name);
+      if (model) {
+        // Who has no moments of a tensor can't go on with it alone.
+        for (const tensor_info& t : model->tensors())
+          if (model->moment1(t.name) != nullptr) answer.tensors.push_back(t.name);
+      }
+      for (const shadow_state* beside : {copies.get(), was_fed.get()})
+        if (beside != nullptr)
+          for (const tensor_info& t : beside->tensors()) answer.tensors.push_back(t.name);
       answer.last_vote = last_vote;
       answer.has_pending = runner && runner->has_pending(state_step + 1);
       answer.loaded_in = shape.generation;
@@ -249,7 +265,85 @@ struct trainer::implementation {
     options.emit(answer);
   }
 
+  // ---- feeds
+  // -----------------------------------------------------------------------------------------
+  std::shared_ptr<feeder> current_feed() {
+    std::lock_guard lock(mutex);
+    return feeding;
+  }
+
+  /// Ends the part in a feed: of this request, of this job; 0: any.
+  void end_feed(std::uint64_t request, std::uint64_t job) {
+    std::shared_ptr<feeder> old;
+    {
+      std::lock_guard lock(mutex);
+      const bool is_meant = feeding && (request == 0 || feeding->request() == request) &&
+                            (job == 0 || feeding->job() == job);
+      if (is_meant) old = std::move(feeding);
+    }
+  }
+
+  void begin_feed(const feed& order) {
+    end_feed(0, 0);
+    int index = -1;
+    for (std::size_t i = 0; i < order.participants.size(); ++i)
+      if (order.participants[i].process == options.process) index = static_cast<int>(i);
+    auto begun = index < 0 ? result<std::unique_ptr<feeder>>(
+                                 error{errc::conflict, "the feed has no part for this worker"})
+                           : feeder::start(links, order, index, *feed_device, options.emit);
+    if (!begun) return refuse_feed(order, begun.err());
+    {
+      std::lock_guard lock(mutex);
+      feeding = std::move(*begun);
+    }
+    command c{};
+    c.what = command::kind::warm_up;
+    c.f = order;
+    push(std::move(c), false);
+  }
+
+  void refuse_feed(const feed& order, const error& why) {
+    fed x;
+    x.job = order.job;
+    x.generation = order.generation;
+    x.request = order.request;
+    x.problem = fmt::format("{} (worker {}, host {})", why.message, options.name, options.host);
+    x.is_own = true;
+    options.emit(x);
+  }
+
+  /// A joiner: what else its first load would take time for. A member is past it when it gets here.
+  void on_warm_up(const feed& order) {
+    if (model || has_state) return;
+    if (auto opened = open_data(order.spec); !opened) return refuse_feed(order, opened.err());
+    spec = order.spec;
+  }
+
+  /// What it was fed becomes a part of what it holds, where both are of one step.
+  void take_fed(const prepare& p) {
+    const std::shared_ptr<feeder> f = current_feed();
+    if (!f || f->job() != p.job) return;
+    f->finish();
+    auto taken = f->take(p.wait_step, feed_patience);
+    if (!taken) return;
+    if (model && has_state && value(shape.job) == p.job) {
+      const bool is_pending = runner && runner->has_pending(state_step + 1);
+      if (taken->step == state_step && taken->chain == state_chain && !is_pending)
+        was_fed = std::move(taken->state);
+      return;
+    }
+    if (model || has_state) return;
+    shape = plan{};
+    shape.job = static_cast<job_id>(p.job);
+    copies = std::move(taken->state);
+    state_step = taken->step;
+    state_chain = taken->chain;
+    last_vote = std::move(taken->last_vote);
+    has_state = true;
+  }
+
   void on_stop(std::uint64_t job) {
+    end_feed(0, job);
     if (model && job != 0 && value(shape.job) != job) return;
     flush_progress();
     close_links();
@@ -259,6 +353,7 @@ struct trainer::implementation {
 
   void forget_state() {
     drop_runner();
+    was_fed.reset();
     copies.reset();
     model.reset();
     has_state = false;
@@ -366,7 +461,9 @@ struct trainer::implementation {
     new_state target{same_stage ? *model : *fresh, std::make_unique<shadow_state>(*device)};
     const bool can_share = has_state && state_step == c.step && c.source == source_kind::live;
     for (const tensor_info& t : tensors_to_copy(c.spec, c.shape, rank))
-      if (!can_share || !target.copies->share(t, *copies)) target.copies->add(t);
+      if (!can_share ||
+          !(target.copies->share(t, *copies) || (was_fed && target.copies->share(t, *was_fed))))
+        target.copies->add(t);
 
     if (alone) {
       opened_links = std::move(make_memory_links(1).front());
@@ -425,6 +522,8 @@ struct trainer::implementation {
     if (fresh) model = std::move(fresh);
     copies = std::move(target.copies);
     if (shape.job != c.shape.job) recent.clear();
+    was_fed.reset();
+    end_feed(0, 0);
     spec = std::move(c.spec);
     shape = std::move(c.shape);
     my_rank = rank;
@@ -513,8 +612,9 @@ struct trainer::implementation {
 
   /// Where the present state of a tensor lies; nulls: not held.
   state_place held_place(const std::string& name) {
-    const state_place p = place_in(model.get(), name);
-    return p.parameter != nullptr ? p : place_in(copies.get(), name);
+    for (const state_place& p : {place_in(model.get(), name), place_in(copies.get(), name)})
+      if (p.parameter != nullptr) return p;
+    return place_in(was_fed.get(), name);
   }
 
   result<void> transfer(const commit& c, int rank, const new_state& target) {
@@ -613,6 +713,7 @@ struct trainer::implementation {
     state_chain = vote.chain;
     last_vote = vote;
     remember_step(vote);
+    was_fed.reset();  // of the step before
     std::lock_guard lock(mutex);
     shown.step = state_step;
   }
@@ -635,6 +736,7 @@ struct trainer::implementation {
       apply_vote(*vote);
       report_step();
       if (auto shared = runner->share_weights(*vote); !shared) return on_broken(shared.err());
+      give_to_feed(*vote);
       if (!is_memory_shown) log_memory();
       if (vote->orders & order_bit(order_kind::evaluate)) {
         if (!evaluate()) return;
@@ -661,6 +763,15 @@ struct trainer::implementation {
     f.step = state_step;
     f.weights_hash = to_string(model->weights_hash(model->has_embedding()));
     options.emit(f);
+  }
+
+  void give_to_feed(const vote_result& vote) {
+    const std::shared_ptr<feeder> f = current_feed();
+    if (!f || f->job() != value(shape.job)) return;
+    f->give(vote, [this, all = all_tensors(spec.model)](int tensor) {
+      const state_place p = held_place(all[static_cast<std::size_t>(tensor)].name);
+      return feed_source{p.parameter, p.moment1, p.moment2, runner->reduced_gradient(tensor)};
+    });
   }
 
   void on_broken(const error& why) {
@@ -916,7 +1027,7 @@ struct trainer::implementation {
 
   trainer_options options;
   link_server& links;
-  std::unique_ptr<backend> device;
+  std::unique_ptr<backend> device, feed_device;
   std::string self_process;
   pulse_counter pulse;
 
@@ -928,11 +1039,13 @@ struct trainer::implementation {
   std::shared_ptr<link_set> current_links;
   std::unique_ptr<step_runner> runner;  // replaced by the trainer's thread only
   std::vector<give_order> orders;
+  std::shared_ptr<feeder> feeding;
   trainer::status shown;
 
   // The trainer's thread alone:
   std::unique_ptr<stage> model;
   std::unique_ptr<shadow_state> copies;  // beside model, at the same step; never null where that is
+  std::unique_ptr<shadow_state> was_fed;  // and what a feed brought, from a prepare to its load
   job_spec spec;
   plan shape;
   int my_rank = 0, units_first = 0, units_last = 0, slot_count = 0;
@@ -1009,6 +1122,8 @@ void trainer::stop(const stop_stage& s) {
   self_->write_wake.notify_all();
   self_->push(std::move(c), true);
 }
+void trainer::begin_feed(const feed& f) { self_->begin_feed(f); }
+void trainer::end_feed(const stop_feed& f) { self_->end_feed(f.request, f.job); }
 trainer::status trainer::now() const {
   std::lock_guard lock(self_->mutex);
   status shown = self_->shown;

@@ -45,6 +45,9 @@ class trainer {
   void order(const give_order& o);
   void resume(const resume_stage& r);
   void durable(const checkpoint_durable& d);
+  /// Begins a part in a background copy, beside what runs; ends the former one.
+  void begin_feed(const feed& f);
+  void end_feed(const stop_feed& f);
   /// Forgets the job and frees its memory.
   void stop(const stop_stage& s);
 

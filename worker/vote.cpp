@@ -173,6 +173,19 @@ std::vector<std::string> stage_hashes(const model_spec& model, const layout& sha
   return hashes;
 }
 
+adamw_scalars scalars_of(const vote_result& vote, const job_spec& spec) {
+  adamw_scalars scalars;
+  scalars.lr = static_cast<float>(vote.lr.get());
+  scalars.beta1 = static_cast<float>(spec.optimizer.beta1);
+  scalars.beta2 = static_cast<float>(spec.optimizer.beta2);
+  scalars.eps = static_cast<float>(spec.optimizer.eps);
+  scalars.weight_decay = static_cast<float>(spec.optimizer.weight_decay);
+  scalars.bias1 = static_cast<float>(vote.bias1.get());
+  scalars.bias2 = static_cast<float>(vote.bias2.get());
+  scalars.grad_scale = static_cast<float>(vote.grad_scale.get());
+  return scalars;
+}
+
 std::uint64_t next_chain(std::uint64_t chain, std::uint64_t step, double loss, double norm) {
   std::uint64_t words[4] = {chain, step, std::bit_cast<std::uint64_t>(loss),
                             std::bit_cast<std::uint64_t>(norm)};

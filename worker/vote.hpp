@@ -16,6 +16,7 @@
 #include "config/job_spec.hpp"
 #include "config/result.hpp"
 #include "coordinator/messages.hpp"
+#include "kernels/backend.hpp"
 #include "model/parameters.hpp"
 
 namespace stagecoach {
@@ -62,6 +63,9 @@ std::optional<weights_dispute> find_dispute(const std::vector<ballot>& ballots);
 /// Each stage's part of the weights, by stage. weights: by tensor index.
 std::vector<std::string> stage_hashes(const model_spec& model, const layout& shape,
                                       const std::vector<tensor_hash>& weights);
+
+/// What the vote says of the optimizer's update.
+adamw_scalars scalars_of(const vote_result& vote, const job_spec& spec);
 
 std::uint64_t next_chain(std::uint64_t chain, std::uint64_t step, double loss, double norm);
 

@@ -72,6 +72,8 @@ struct effects {
   void tell(const resume_stage& x) { training->resume(x); }
   void tell(const checkpoint_durable& x) { training->durable(x); }
   void tell(const stop_stage& x) { training->stop(x); }
+  void tell(const feed& x) { training->begin_feed(x); }
+  void tell(const stop_feed& x) { training->end_feed(x); }
   template <class T>
   void tell(const T&) {}  // welcome, refused: the machine's own
 };

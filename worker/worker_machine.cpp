@@ -109,6 +109,33 @@ void worker_machine::told(const prepare& x) {
   failed_.reset();
   held_.reset();
   finished_.reset();
+  feed_ready_.reset();
+  fed_.reset();
+  tell(x);
+}
+
+/// A joiner is given its job by its first feed.
+void worker_machine::told(const feed& x) {
+  if (job_ == 0) job_ = x.job;
+  const bool is_joiner = generation_ == 0 && promised_ == 0;
+  if (x.job != job_ || x.request <= feed_ || (!is_joiner && x.generation != generation_) ||
+      x.generation < promised_) {
+    ++stale_messages_;
+    return;
+  }
+  feed_ = x.request;
+  feed_ready_.reset();
+  fed_.reset();
+  tell(x);
+}
+
+void worker_machine::told(const stop_feed& x) {
+  if (x.job != job_ || x.request != feed_) {
+    ++stale_messages_;
+    return;
+  }
+  feed_ready_.reset();
+  fed_.reset();
   tell(x);
 }
 
@@ -172,7 +199,9 @@ void worker_machine::told(const stop_stage& x) {
 
 void worker_machine::forget_job() {
   phase_ = worker_phase::idle;
-  job_ = generation_ = plan_hash_ = promised_ = step_ = 0;
+  job_ = generation_ = plan_hash_ = promised_ = step_ = feed_ = 0;
+  feed_ready_.reset();
+  fed_.reset();
   is_dropping_ = false;
   answer_.reset();
   ready_.reset();
@@ -263,6 +292,18 @@ void worker_machine::said(const finished& x) {
   if (is_welcome_) send(x);
 }
 
+void worker_machine::said(const feed_ready& x) {
+  if (x.job != job_ || x.request != feed_) return;
+  feed_ready_ = x;
+  if (is_welcome_) send(x);
+}
+
+void worker_machine::said(const fed& x) {
+  if (x.job != job_ || x.request != feed_) return;
+  fed_ = x;
+  if (is_welcome_) send(x);
+}
+
 void worker_machine::said(const peer_report& x) {
   if (!is_mine(x.job, x.generation)) return;
   peer_report& newest = peer_states_[x.peer];
@@ -309,6 +350,8 @@ void worker_machine::say_state_again() {
   queued_others_.clear();
   if (failed_) send(*failed_);
   if (ready_) send(*ready_);
+  if (feed_ready_) send(*feed_ready_);
+  if (fed_) send(*fed_);
   if (held_) send(*held_);
   if (finished_) send(*finished_);
 }

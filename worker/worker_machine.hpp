@@ -114,6 +114,8 @@ class worker_machine {
   void told(const checkpoint_durable& x);
   void told(const stop_stage& x);
   void told(const probe& x) { out_.push_back(worker_actions::ask_alive{x}); }
+  void told(const feed& x);
+  void told(const stop_feed& x);
   template <class T>
   void told(const T&) {}  // what this machine has no part in
 
@@ -126,6 +128,8 @@ class worker_machine {
   void said(const finished& x);
   void said(const peer_report& x);
   void said(const probed& x);
+  void said(const feed_ready& x);
+  void said(const fed& x);
   template <class T>
   void said(const T& x) {
     pass_on(x);
@@ -161,6 +165,9 @@ class worker_machine {
   std::optional<failed> failed_;  // said again until a newer prepare
   std::optional<held> held_;
   std::optional<finished> finished_;
+  std::uint64_t feed_ = 0;  // request of the newest feed that was taken
+  std::optional<feed_ready> feed_ready_;
+  std::optional<fed> fed_;
   std::map<std::uint64_t, peer_report> peer_states_;  // newest by peer, said again
   std::deque<progress> queued_progress_;
   std::size_t queued_steps_ = 0;

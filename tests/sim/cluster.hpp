@@ -184,6 +184,16 @@ class cluster {
   void report_link(const process_ptr& p, int peer, const char* what, us after);
   process_ptr peer_of(const toy_trainer& t, int rank);
   bool share_links(const process_ptr& a, const process_ptr& b);
+  void answer_prepare(const process_ptr& p, const prepare& x);
+  // Background copies.
+  process_ptr participant(const toy_feed& f, int index);
+  bool share_feed(const process_ptr& a, const process_ptr& b);
+  void open_feed(const process_ptr& p, const feed& order);
+  void break_feed(const process_ptr& p, const char* why);
+  void close_feed(const process_ptr& p);
+  void give_to_feed(const process_ptr& p, const vote_result& vote);
+  void follow_feed(const process_ptr& p);
+  void take_fed(const process_ptr& p, std::uint64_t job);
   void kill(const process_ptr& p);
   void faults();
   bool is_good(std::uint64_t job, const disk_manifest& m) {

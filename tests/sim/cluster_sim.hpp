@@ -16,9 +16,10 @@ struct outcome {
   std::string liveness;  // who did not finish in time, and why; empty: all ended
   std::uint64_t events = 0, steps = 0, lost_workers = 0, coordinator_crashes = 0, generations = 0,
                 rollbacks = 0, live_recoveries = 0, roll_forwards = 0, saves = 0;
-  std::uint64_t hangs = 0;           // trainers that stood still for a while
-  std::uint64_t preemptions = 0;     // workers taken from one job for another
-  std::uint64_t covered_losses = 0;  // commits after a loss that copies must have covered
+  std::uint64_t hangs = 0;                    // trainers that stood still for a while
+  std::uint64_t preemptions = 0;              // workers taken from one job for another
+  std::uint64_t feeds = 0, fed_switches = 0;  // begun; and whole
+  std::uint64_t covered_losses = 0;           // commits after a loss that copies must have covered
 };
 
 /// Same seed, same history. is_loud prints every event to stdout.

@@ -7,6 +7,7 @@ void cluster::kill(const process_ptr& p) {
   say("{} is killed", p->name);
   disturb(30 * second);
   close_links(p);
+  close_feed(p);
   p->is_alive = false;
   p->has_lost_host = chance(0.1);
   if (p->channel) {

@@ -71,6 +71,8 @@ int main(int argc, char** argv) {
     sum.hangs += x.hangs;
     sum.covered_losses += x.covered_losses;
     sum.preemptions += x.preemptions;
+    sum.feeds += x.feeds;
+    sum.fed_switches += x.fed_switches;
     if (x.safety.empty() && x.liveness.empty()) continue;
     ++bad;
     if (!x.safety.empty()) fmt::print("seed {}: safety: {}\n", s, x.safety);
@@ -81,10 +83,11 @@ int main(int argc, char** argv) {
   fmt::print(
       "{} seeds from {}: {} events, {} steps, {} generations, {} lost workers, {} coordinator "
       "crashes, {} live loads, {} roll-forwards, {} loads from checkpoints, {} losses with copies, "
+      "{} feeds, {} done, "
       "{} saves, {} hangs, {} preemptions; {} bad; "
       "{:.1f} s\n",
       done, seed, sum.events, sum.steps, sum.generations, sum.lost_workers, sum.coordinator_crashes,
-      sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.covered_losses, sum.saves,
-      sum.hangs, sum.preemptions, bad, took.count());
+      sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.covered_losses, sum.feeds,
+      sum.fed_switches, sum.saves, sum.hangs, sum.preemptions, bad, took.count());
   return bad == 0 ? 0 : 1;
 }

@@ -15,22 +15,20 @@ void cluster::to_trainer(const process_ptr& p, const to_worker& message) {
     return;
   }
   if (const auto* x = std::get_if<prepare>(&message)) {
-    ++t.epoch;
+    const std::uint64_t epoch = ++t.epoch;
     close_links(p);
     t.now = toy_trainer::doing::nothing;
-    prepared answer;
-    answer.job = x->job;
-    answer.number = x->number;
-    if (t.has_state && value(t.shape.job) == x->job) {
-      answer.has_state = true;
-      answer.step = t.step;
-      answer.chain = t.chain;
-      for (const auto& [name, v] : t.weights) answer.tensors.push_back(name);
-      answer.last_vote = t.last_vote;
-      answer.has_pending = t.has_pending;
-    }
-    answers_[{x->job, x->number, p->id}] = answer;
-    emit(p, answer);
+    // A receiver gets what is on its way, up to the step at which all hold.
+    every(0, 10 * ms, [this, p, epoch, x = *x, until = now_ + 1500 * ms] {
+      const toy_trainer& u = p->trainer;
+      if (!p->is_alive || u.epoch != epoch) return false;
+      if (p->is_frozen) return true;
+      const auto& f = u.copying;
+      const bool waits = f && f->order.job == x.job && !f->senders.empty() && !f->is_broken &&
+                         f->step < x.wait_step && now_ < until;
+      if (!waits) answer_prepare(p, x);
+      return waits;
+    });
   } else if (const auto* c = std::get_if<commit>(&message)) {
     load(p, *c);
   } else if (std::holds_alternative<run_stage>(message)) {
@@ -39,7 +37,12 @@ void cluster::to_trainer(const process_ptr& p, const to_worker& message) {
     if (t.rank == 0) t.orders.push_back(*o);
   } else if (std::holds_alternative<resume_stage>(message)) {
     if (t.now == toy_trainer::doing::held) run_trainer(p);
+  } else if (const auto* f = std::get_if<feed>(&message)) {
+    open_feed(p, *f);
+  } else if (const auto* e = std::get_if<stop_feed>(&message)) {
+    if (t.copying && t.copying->order.request == e->request) close_feed(p);
   } else if (const auto* s = std::get_if<stop_stage>(&message)) {
+    if (t.copying && t.copying->order.job == s->job) close_feed(p);
     if (value(t.shape.job) != s->job) return;
     check_drop(p, s->reason.c_str());
     close_links(p);
@@ -47,6 +50,24 @@ void cluster::to_trainer(const process_ptr& p, const to_worker& message) {
     t = toy_trainer{};
     t.epoch = epoch;
   }
+}
+
+void cluster::answer_prepare(const process_ptr& p, const prepare& x) {
+  toy_trainer& t = p->trainer;
+  take_fed(p, x.job);
+  prepared answer;
+  answer.job = x.job;
+  answer.number = x.number;
+  if (t.has_state && value(t.shape.job) == x.job) {
+    answer.has_state = true;
+    answer.step = t.step;
+    answer.chain = t.chain;
+    for (const auto& [name, v] : t.weights) answer.tensors.push_back(name);
+    answer.last_vote = t.last_vote;
+    answer.has_pending = t.has_pending;
+  }
+  answers_[{x.job, x.number, p->id}] = answer;
+  emit(p, answer);
 }
 
 /// The newest state that the vote decided, in place.
@@ -184,6 +205,7 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
   t.copy_gradients.clear();
   t.ballots.clear();
   t.orders.clear();
+  close_feed(p);
   t.now = toy_trainer::doing::ready;
   asked_[{job, c.shape.generation}].ready.insert(t.rank);
   emit(p, ready{job, c.shape.generation, t.hash, c.step,
@@ -274,8 +296,10 @@ void cluster::count_ballots(const process_ptr& zero, std::uint64_t step) {
     if (chain != z.chain) return violate("rank {} votes from another chain", rank);
   }
   vote.chain = mix(z.chain, step);
-  for (const give_order& o : z.orders)
+  for (const give_order& o : z.orders) {
     vote.orders |= order_bit(static_cast<order_kind>(o.kind)) | o.with;
+    vote.order_ids.push_back(o.order);
+  }
   z.orders.clear();
   const auto every = static_cast<std::uint64_t>(z.spec.checkpoint.every_steps);
   if (every > 0 && step % every == 0) vote.orders |= order_bit(order_kind::save);
@@ -297,6 +321,7 @@ void cluster::apply(const process_ptr& p, const vote_result& vote) {
   forward(t, vote);
   ++result_.steps;
   applied_[job] = std::max(applied_[job], t.step);
+  give_to_feed(p, vote);
   if (t.rank == 0) {
     step_report r;
     r.step = vote.step;

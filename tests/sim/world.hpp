@@ -81,6 +81,30 @@ struct connection {
   us last_up = 0, last_down = 0;
 };
 
+/// What a sender gives a receiver after one step.
+struct feed_frame {
+  vote_result vote;
+  std::set<std::string> gradients;  // of tensors that were given before
+  values state;
+};
+
+/// A part in a background copy.
+struct toy_feed {
+  feed order;
+  int index = -1;
+  bool is_open = false, is_broken = false, has_begun = false;
+  std::map<int, std::set<std::string>> given;  // by receiver
+  std::map<int, us> last_sent;
+  // As receiver:
+  std::set<int> senders;
+  std::set<std::string> wanted;
+  std::map<int, std::deque<feed_frame>> inbox;  // by sender
+  values shadow;
+  std::uint64_t step = 0, chain = 0;
+  std::optional<vote_result> last_vote;
+  bool is_complete = false, is_taken = false;
+};
+
 /// A trainer without arithmetic.
 struct toy_trainer {
   job_spec spec;
@@ -102,6 +126,7 @@ struct toy_trainer {
   bool save_first = false;
   std::map<std::uint64_t, std::map<int, std::uint64_t>> ballots;  // rank 0: step, rank, chain
   std::vector<give_order> orders;
+  std::optional<toy_feed> copying;
 };
 
 struct process {
