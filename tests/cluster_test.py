@@ -373,8 +373,10 @@ def group_elastic():
         cluster.kill_coordinator()
         time.sleep(0.3 + RANDOM.random() * 0.7)
         cluster.start_coordinator()
+        # Members are shown as they come back to it.
         after = cluster.wait(job, lambda v: v["state"] == "COMPLETED" or v["state"] == "RUNNING" and
-                             v["step"] > view["step"] + 3, 60, f"steps by {size} after the coordinator's return")
+                             v["step"] > view["step"] + 3 and len(v["plan"]["members"]) == size, 60,
+                             f"steps by {size} after the coordinator's return")
         check(after["state"] == "RUNNING" and len(after["plan"]["members"]) == size,
               f"{size} workers at step {after['step']}, the coordinator killed and back")
 
