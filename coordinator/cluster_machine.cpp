@@ -235,7 +235,8 @@ void cluster_machine::on(const events::worker_said& e) {
     out_.push_back(actions::log{job_id{}, id, *line});
     return;
   }
-  const bool is_part = std::holds_alternative<part_saved>(e.message);
+  const bool is_part = std::holds_alternative<part_saved>(e.message) ||
+                       (w->job == job_id{} && std::holds_alternative<probed>(e.message));
   const bool is_known = jobs_.count(static_cast<job_id>(job)) != 0;
   if (!is_known || (static_cast<job_id>(job) != w->job && !is_part)) {
     ++dropped_messages_;
@@ -423,6 +424,13 @@ void cluster_machine::take(std::vector<action> from) {
         const bool is_mute = back->is_lost && w->second.connection != connection_id{};
         if (is_mute) w->second.avoid_until_ms = now_ms_ + avoid_ms;
         if (back->is_distrusted) distrust(w->second, back->reason);
+      }
+      continue;
+    } else if (const auto* wanted = std::get_if<actions::seek_witness>(&a)) {
+      for (const auto& [id, w] : workers_) {
+        if (!is_free(w) || id == wanted->question.peer.worker || wanted->mute.count(id)) continue;
+        send(w, wanted->question);
+        break;
       }
       continue;
     }

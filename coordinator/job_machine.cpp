@@ -177,6 +177,9 @@ void job_machine::on(const job_events::worker_said& e) {
     if (const auto* part = std::get_if<part_saved>(&e.message)) {
       saved(*part, e.worker);
       advance();
+    } else if (const auto* answer = std::get_if<probed>(&e.message)) {
+      this->found(e.worker, fmt::format("w-{}", value(e.worker)), *answer);
+      advance();
     } else {
       ++stale_messages_;
     }

@@ -51,7 +51,7 @@ struct detection {
   std::int64_t probe_again = 1'000;  // an answer is that old, and there is still a reason to ask
   // A link is suspected and its peer alive: a process that was stopped for a moment sends again by
   // then, and with the second of silence before it makes a cut known within 1.5 s.
-  std::int64_t link_settle = 400;
+  std::int64_t link_settle = 300;
   // Without one: nobody to ask, or nobody answers.
   std::int64_t reconnect_grace = 3'000;     // control closed: a worker's back-off is under 2 s
   std::int64_t unconfirmed_max = 300'000;   // control away, but its process answers: a lost
@@ -261,6 +261,12 @@ struct reply {
   reply_id id{};
   result<reply_value> outcome;
 };
+/// No member can be asked about a process: a worker without a job is, where there is one. Taken by
+/// cluster_machine, never seen by the shell.
+struct seek_witness {
+  probe question;
+  std::set<worker_id> mute;  // not these
+};
 /// Gives a worker back; taken by cluster_machine, never seen by the shell.
 struct release {
   worker_id worker{};
@@ -273,7 +279,7 @@ struct release {
 using action = std::variant<actions::save, actions::send, actions::close, actions::find_checkpoint,
                             actions::write_manifest, actions::retire_checkpoints, actions::note,
                             actions::series, actions::forget_series, actions::evaluation,
-                            actions::log, actions::reply, actions::release>;
+                            actions::log, actions::reply, actions::seek_witness, actions::release>;
 
 // ---- views ----
 /// What a job would take from the free workers.
@@ -393,7 +399,7 @@ class job_machine {
   };
   /// Somebody may be dead: another worker is asked to reach it.
   struct inquiry {
-    worker_id witness{};         // who is asked
+    worker_id witness{};         // who is asked; 0: whom the cluster found, if anybody
     std::int64_t asked_ms = -1;  // -1: nobody is asked now
     int reasons = 0;             // that there were when it was asked
     std::set<worker_id> mute;    // witnesses that did not answer
@@ -449,7 +455,8 @@ class job_machine {
   void said(member& m, const held& x);
   void said(member& m, const finished& x);
   void said(member& m, const peer_report& x);
-  void said(member& m, const probed& x);
+  void said(member& m, const probed& x) { found(m.facts.id, m.facts.name, x); }
+  void found(worker_id witness, const std::string& witness_name, const probed& x);
   void said(member& m, const log_line& x);
   void said(member& m, const goodbye& x);
   void said(member& m, const feed_ready& x);

@@ -7,8 +7,9 @@
 //           late, or another member's link to it is closed or silent
 //   alive   never lost for it; if a link to it is closed, or carries nothing, the link is at fault:
 //           the generation ends and the links are dialled again
-// Where nobody can be asked, or nobody answers, patience decides (`detection`). What the
-// coordinator slept through is no silence: its ticks advance by a bounded time (cluster_machine).
+// Where no member can be asked, a worker without a job is. Where nobody can be asked, or nobody
+// answers, patience decides (`detection`). What the coordinator slept through is no silence: its
+// ticks advance by a bounded time (cluster_machine).
 //
 // A process that beats may still do nothing. Beats say what its trainer's thread is at and for how
 // long: who stands in compute is stuck and lost; who waits for another never is, but the one at the
@@ -64,21 +65,27 @@ void job_machine::ask_witness(worker_id about, const plan_member& peer, int reas
   if (q.verdict == "gone") return;
   if (q.asked_ms >= 0) {
     const auto witness = members_.find(q.witness);
-    const bool is_there = witness != members_.end() && witness->second.is_connected;
+    const bool is_there = q.witness == worker_id{}
+                              ? choose_witness(about, q) == worker_id{}
+                              : witness != members_.end() && witness->second.is_connected;
     if (is_there && now_ms_ - q.asked_ms < rules_.probe_wait) return;
-    q.mute.insert(q.witness);
+    if (q.witness != worker_id{}) q.mute.insert(q.witness);
     q.asked_ms = -1;
   } else if (!q.verdict.empty() && reasons <= q.reasons &&
              now_ms_ - q.answered_ms < rules_.probe_again) {
     return;
   }
   const worker_id witness = choose_witness(about, q);
-  if (witness == worker_id{}) return;
   if (reasons > q.reasons && q.verdict == "alive") q.verdict.clear();  // it may have died since
   q.witness = witness;
   q.asked_ms = now_ms_;
   q.reasons = reasons;
-  send(witness, probe{value(id()), number_, peer});
+  const probe question{value(id()), number_, peer};
+  if (witness == worker_id{}) {
+    out_.push_back(actions::seek_witness{question, q.mute});
+  } else {
+    send(witness, question);
+  }
 }
 
 /// Rather one whose own links work and who has no part in the quarrel; where all have, one that a
@@ -102,31 +109,35 @@ worker_id job_machine::choose_witness(worker_id about, const inquiry& q) const {
   return best;
 }
 
-void job_machine::said(member& m, const probed& x) {
+void job_machine::found(worker_id witness, const std::string& witness_name, const probed& x) {
   const auto about = static_cast<worker_id>(x.peer);
-  const auto found = inquiries_.find(about);
+  const auto asked = inquiries_.find(about);
+  // An outsider is chosen by the cluster, which lets nobody with another job answer.
+  const bool is_witness = asked != inquiries_.end() && asked->second.asked_ms >= 0 &&
+                          (asked->second.witness == witness ||
+                           (asked->second.witness == worker_id{} && members_.count(witness) == 0));
   const bool is_verdict = x.verdict == "alive" || x.verdict == "gone" || x.verdict == "silent";
-  if (found == inquiries_.end() || found->second.asked_ms < 0 ||
-      found->second.witness != m.facts.id || !is_verdict) {
+  if (!is_witness || !is_verdict) {
     ++stale_messages_;
     return;
   }
-  inquiry& q = found->second;
+  inquiry& q = asked->second;
   const bool is_news = q.verdict != x.verdict;
   q.asked_ms = -1;
   q.mute.clear();
   q.verdict = x.verdict;
   q.why = x.why;
-  q.answered_by = m.facts.id;
+  q.answered_by = witness;
   q.answered_ms = now_ms_;
-  if (!is_news) return;
+  // That the peers of a generation that ends have closed their links is no news.
+  if (!is_news || (x.verdict == "alive" && !is_committed())) return;
   std::string name = fmt::format("w-{}", x.peer);
   if (const auto known = members_.find(about); known != members_.end())
     name = known->second.facts.name;
   note("worker_probed",
-       fmt::format("{} finds {} {}{}", m.facts.name, name, x.verdict,
+       fmt::format("{} finds {} {}{}", witness_name, name, x.verdict,
                    x.why.empty() ? "" : ": " + x.why),
-       {{"worker", name}, {"witness", m.facts.name}, {"verdict", x.verdict}});
+       {{"worker", name}, {"witness", witness_name}, {"verdict", x.verdict}});
 }
 
 std::string job_machine::verdict_on(worker_id id) const {
@@ -176,7 +187,7 @@ std::string job_machine::reason_lost(const member& m) const {
     if (away_ms < rules_.unconfirmed_max) return {};
     return fmt::format("its process answers, but the coordinator can't hear it for {} ms", away_ms);
   }
-  if (q.asked_ms >= 0) return {};  // its witness has the word
+  if (q.asked_ms >= 0 && q.witness != worker_id{}) return {};  // its witness has the word
 
   const bool is_lost_by = is_said_by_peer(m.lost_by);
   if (m.is_connected) {

@@ -116,7 +116,7 @@ TEST_CASE("a cut link between two that reach a third: the generation ends, nobod
   b.find(1, "alive");
   b.find(2, "alive");
   CHECK(b.machine.state() == job_state::running);  // it may send again in a moment
-  b.tick(300);
+  b.tick(200);
   SUBCASE("it stays silent") {
     auto all = b.tick(100);
     CHECK(has_note(all, "generation_failed"));
@@ -194,6 +194,60 @@ TEST_CASE("missed beats alone make somebody ask; a process that answers stays") 
   SUBCASE("silent: no beat and no answer are two signs") {
     CHECK(released(b.find(2, "silent")) == std::vector<std::uint64_t>{2});
   }
+}
+
+TEST_CASE("where no member can be asked a worker without a job is") {
+  bench b(small_spec(1, 1));
+  b.give({1});
+  b.answer(1, 1);
+  b.load(1);
+  const auto sought =
+      all_of<actions::seek_witness>(b.step(job_events::worker_disconnected{w(1), "reset"}));
+  REQUIRE(sought.size() == 1);
+  CHECK(value(sought[0].question.peer.worker) == 1);
+  SUBCASE("gone: at once, not after its grace") {
+    const auto lost = b.say(9, probed{1, 1, 1, "gone", "refused"});
+    CHECK(released(lost) == std::vector<std::uint64_t>{1});
+  }
+  SUBCASE("alive: the control socket alone is lost") {
+    b.say(9, probed{1, 1, 1, "alive", ""});
+    for (int i = 0; i < 4; ++i) {
+      pass(b, 1000, {});
+      b.say(9, probed{1, 1, 1, "alive", ""});
+    }
+    CHECK(b.machine.state() == job_state::running);
+  }
+  SUBCASE("nobody answers: its grace") {
+    pass(b, 2900, {});
+    CHECK(b.machine.state() == job_state::running);
+    pass(b, 200, {});
+    CHECK(b.machine.state() == job_state::recovering);
+  }
+}
+
+TEST_CASE("the cluster lets a free worker be the witness") {
+  cluster_machine c(restored_records{});
+  (void)c.start();
+  (void)c.step(events::tick{0, 0});
+  for (const std::uint64_t n : {1, 2}) {
+    hello h;
+    h.name = fmt::format("w{}", n);
+    h.process = fmt::format("p{}", n);
+    h.device = "cpu";
+    h.link_host = "h";
+    h.link_port = 4000;
+    (void)c.step(events::worker_attached{static_cast<connection_id>(n), h});
+  }
+  const auto asked = sent<prepare>(c.step(events::submit_job{small_spec(1, 1), "", reply_id{}}));
+  REQUIRE(asked.size() == 1);
+  const std::uint64_t member = value(asked[0].first), spare = 3 - member;
+  const auto connection = [](std::uint64_t n) { return static_cast<connection_id>(n); };
+  const auto probes = sent<probe>(c.step(events::worker_detached{connection(member), "reset"}));
+  REQUIRE(probes.size() == 1);
+  CHECK(value(probes[0].first) == spare);
+  const auto lost =
+      c.step(events::worker_said{connection(spare), probed{1, 1, member, "gone", "refused"}});
+  CHECK(has_note(lost, "worker_lost"));
 }
 
 TEST_CASE("a witness that does not answer is replaced, and its late word is dropped") {
