@@ -13,7 +13,7 @@ import sys
 import time
 
 sys.dont_write_bytecode = True
-from cluster import PROGRAM, RANDOM, ROOT, check, explicit, golden, job_file, main, run, same, say
+from cluster import Cluster, PROGRAM, RANDOM, ROOT, check, explicit, golden, job_file, main, run, same, say
 
 
 def group_matrix():
