@@ -853,7 +853,8 @@ struct trainer::implementation {
     r.skipped = !vote.finite;
     r.chain = vote.chain;
     r.weights_hash = vote.weights_hash;
-    if (shape.shape.stage_count > 1)
+    // Only rank 0 counts the votes; the others know the whole's hash, from its result.
+    if (shape.shape.stage_count > 1 && !runner->voted_weights().empty())
       r.stage_hashes = stage_hashes(spec.model, shape.shape, runner->voted_weights());
     r.step_us = us_since(last_step_time);
     r.unix_ms = unix_ms();
