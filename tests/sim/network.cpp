@@ -44,6 +44,12 @@ void cluster::cut(const std::shared_ptr<connection>& c, us to_worker, us to_coor
 void cluster::up(const process_ptr& p, const to_coordinator& message) {
   const auto c = p->channel;
   if (!c || !c->is_open) return;
+  const bool is_greeting =
+      std::holds_alternative<hello>(message) || std::holds_alternative<goodbye>(message);
+  if (c->whom->incarnation < p->obeys && !is_greeting) {
+    violate("{} reports to incarnation {}, though {} has welcomed it", p->name,
+            c->whom->incarnation, p->obeys);
+  }
   to_coordinator sent = message;
   if (uses_wire_) {
     auto decoded = decode_to_coordinator(encode(message));
