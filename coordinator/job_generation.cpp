@@ -450,8 +450,10 @@ void job_machine::consider_adoption() {
   if (!has_ticked_) return;
   const std::int64_t waited = now_ms_ - phase_since_ms_;
   if (!is_whole()) {
-    const bool are_known_lost = std::all_of(
-        sought_.begin(), sought_.end(), [this](worker_id w) { return sought_lost_.count(w) != 0; });
+    // A link that closed says little where a witness has just heard the process.
+    const bool are_known_lost = std::all_of(sought_.begin(), sought_.end(), [this](worker_id w) {
+      return sought_lost_.count(w) != 0 && verdict_on(w) != "alive";
+    });
     const std::int64_t patience = sought_.empty()  ? 0  // all that are missing are known dead
                                   : are_known_lost ? rules_.reconnect_grace
                                                    : rules_.minority_wait;

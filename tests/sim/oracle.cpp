@@ -186,8 +186,17 @@ void cluster::check_decided(const coordinator_ptr& by, const commit& c) {
   const std::uint64_t job = value(c.shape.job), number = c.shape.generation;
   asked& a = asked_[{job, number}];
   if (a.is_committed || by->is_fenced) return;
-  // Never below what is durable and whole.
+  // Never below what is durable and whole; but a change that nobody forced goes on where the run is
+  // (late parts of a generation that is gone may have made a later step durable meanwhile).
+  const auto& former = committed_[job].members;
+  const bool is_voluntary =
+      c.source == source_kind::live && !former.empty() &&
+      std::all_of(former.begin(), former.end(), [this, job](const process_id& id) {
+        const process_ptr& p = by_id_.at(id);
+        return p->is_alive && !p->is_frozen && holding_of(p).job == job;
+      });
   for (const std::uint64_t step : durable_[job]) {
+    if (is_voluntary) break;
     const auto m = manifests_[job].find(step);
     if (step > c.step && m != manifests_[job].end() && is_good(job, m->second)) {
       violate("commit {} of job {} starts at step {} though step {} is durable", number, job,
