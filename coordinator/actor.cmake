@@ -1,10 +1,14 @@
 # The coordinator as a process: API, storage threads and the actor that holds the machines.
+# Apart, since a deputy writes manifests too.
+add_library(sc_checkpoint_keeper STATIC checkpoint_keeper.cpp)
+target_link_libraries(sc_checkpoint_keeper PUBLIC sc_config sc_storage sc_coordinator_core)
+
 add_library(sc_coordinator STATIC
-  api.cpp api_page.cpp checkpoint_keeper.cpp coordinator_actor.cpp metrics_text.cpp run_history.cpp
+  api.cpp api_page.cpp coordinator_actor.cpp metrics_text.cpp run_history.cpp
   state_folder.cpp store_writer.cpp submission.cpp vote_log.cpp)
 target_link_libraries(sc_coordinator
   PUBLIC sc_config sc_storage
-  PRIVATE sc_log sc_machines sc_wire sc_planning sc_gateway CAF::core prometheus-cpp::core
+  PRIVATE sc_log sc_checkpoint_keeper sc_machines sc_wire sc_planning sc_gateway CAF::core prometheus-cpp::core
     nlohmann_json::nlohmann_json Threads::Threads)
 
 add_executable(test_coordinator_process

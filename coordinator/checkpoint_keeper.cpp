@@ -52,6 +52,12 @@ bool is_one_of(const std::vector<std::uint64_t>& seqs, std::uint64_t seq) {
   return std::find(seqs.begin(), seqs.end(), seq) != seqs.end();
 }
 
+std::vector<fs::path> folders_of(const job_place& job) {
+  std::vector<fs::path> folders{job.folder};
+  if (!job.copies.empty()) folders.push_back(job.copies);
+  return folders;
+}
+
 std::string describe(const skipped_checkpoint& s) {
   return fmt::format("checkpoint of step {} (seq {}) is not usable: {}", s.step, s.seq, s.reason);
 }
@@ -59,8 +65,7 @@ std::string describe(const skipped_checkpoint& s) {
 }  // namespace
 
 checkpoint_store checkpoint_keeper::store_of(const job_place& job) const {
-  return checkpoint_store(
-      {paths_.checkpoint_folder(job.id, job.spec), paths_.manifests_folder(job.id)});
+  return checkpoint_store(folders_of(job));
 }
 
 std::string checkpoint_keeper::folder_of(const job_place& job, const checkpoint_entry& entry,
@@ -69,7 +74,7 @@ std::string checkpoint_keeper::folder_of(const job_place& job, const checkpoint_
     return entry.parts[part].parent_path().string();
   const fs::path folder = entry.content.parts[part].folder;
   if (folder.is_absolute()) return folder.string();
-  return (paths_.checkpoint_folder(job.id, job.spec) / folder).lexically_normal().string();
+  return (job.folder / folder).lexically_normal().string();
 }
 
 checkpoint_found checkpoint_keeper::find(const job_place& job,
@@ -127,6 +132,7 @@ checkpoint_found checkpoint_keeper::find(const job_place& job,
     facts.chain = bits_of(m, "chain");
     facts.loss.bits = bits_of(m, "loss");
     facts.weights_hash = m.weights_hash;
+    facts.generation = m.generation;
     for (std::size_t i = 0; i < m.parts.size(); ++i) {
       part_record part;
       part.file = m.parts[i].file;
@@ -148,8 +154,7 @@ checkpoint_found checkpoint_keeper::find(const job_place& job,
 manifest_written checkpoint_keeper::write(const job_place& job,
                                           const actions::write_manifest& wanted) const {
   manifest_written answer{job.id, wanted.step, false, {}};
-  const auto folder = paths_.checkpoint_folder(job.id, job.spec);
-  const auto copies = paths_.manifests_folder(job.id);
+  const auto& folder = job.folder;
   manifest m;
   m.job = job.id;
   m.job_name = job.spec.name;
@@ -191,14 +196,14 @@ manifest_written checkpoint_keeper::write(const job_place& job,
     m.parts.push_back(std::move(part));
   }
   // Written before a restart: its words stay, or the two copies would differ.
-  for (const auto& place : {folder, copies}) {
+  for (const auto& place : folders_of(job)) {
     auto there = read_manifest(place / manifest_file_name(m.seq, m.step));
     if (there && is_same_save(*there, m)) {
       m = *there;
       break;
     }
   }
-  for (const auto& place : {folder, copies})
+  for (const auto& place : folders_of(job))
     if (auto written = write_manifest(place, m); !written) {
       answer.problem = written.err().message;
       return answer;

@@ -1,16 +1,16 @@
 // The disk work of a job's checkpoints: find the newest good one, write manifests, retire old ones.
 //
-// Blocking; called from the coordinator's storage thread. What to do and when is the machines'
-// decision; each answer is one of their events.
+// Blocking; called from a storage thread, the coordinator's or a deputy's. What to do and when is
+// the machines' decision; each answer is one of their events.
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <vector>
 
 #include "coordinator/job_machine.hpp"
 #include "coordinator/records.hpp"
-#include "coordinator/state_folder.hpp"
 #include "storage/checkpoint_store.hpp"
 
 namespace stagecoach {
@@ -24,12 +24,12 @@ struct job_place {
   std::string layout;  // for people: "stages=2 replicas=1"
   std::int64_t unix_ms = 0;
   std::int64_t submitted_unix_ms = 0;
+  std::filesystem::path folder;  // its checkpoint folder
+  std::filesystem::path copies;  // of second copies of its manifests; empty (a deputy): none
 };
 
 class checkpoint_keeper {
  public:
-  explicit checkpoint_keeper(state_paths paths) : paths_(std::move(paths)) {}
-
   /// Reads every byte of the parts: a damaged part must not be met by the workers that load it.
   /// Parts that only other hosts see are taken on the manifest's word; loading checks them.
   checkpoint_found find(const job_place& job, const actions::find_checkpoint& wanted) const;
@@ -49,7 +49,6 @@ class checkpoint_keeper {
 
  private:
   checkpoint_store store_of(const job_place& job) const;
-  state_paths paths_;
 };
 
 /// Hash of the resolved spec: the job's identity in its manifests.

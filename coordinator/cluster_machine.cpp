@@ -146,7 +146,8 @@ void cluster_machine::join(worker& w) {
   send(w, welcome{value(id), meta_.incarnation, beat_period_ms});
   is_place_due_ = true;
   const auto claimed = jobs_.find(static_cast<job_id>(greeting.job));
-  if (w.job == job_id{} && claimed != jobs_.end() && claimed->second.expects(id)) {
+  if (w.job == job_id{} && claimed != jobs_.end() &&
+      (claimed->second.expects(id) || claimed->second.is_claimed_by(greeting))) {
     w.job = claimed->first;
   }
   if (greeting.job != 0 && static_cast<job_id>(greeting.job) != w.job) {

@@ -112,8 +112,6 @@ level level_of(const std::string& name) {
 
 /// What lives as long as the coordinator and is shared by its threads.
 struct world {
-  explicit world(state_paths paths) : keeper(std::move(paths)) {}
-
   checkpoint_keeper keeper;
   std::unique_ptr<kv> store;
   std::unique_ptr<store_writer> writer;
@@ -392,6 +390,8 @@ class shell {
     if (const auto job = machine_.jobs().find(id); job != machine_.jobs().end()) {
       place.spec = job->second.record().spec;
       place.submitted_unix_ms = job->second.record().submitted_unix_ms;
+      place.folder = paths_.checkpoint_folder(id, place.spec);
+      place.copies = paths_.manifests_folder(id);
       const auto view = job->second.view();
       place.plan_hash = view.plan_hash;
       if (view.stages > 0)
@@ -516,7 +516,6 @@ result<run_history> restore_history(const kv& store, const std::vector<store_row
 
 class whole_coordinator final : public coordinator {
  public:
-  explicit whole_coordinator(state_paths paths) : world_(std::move(paths)) {}
   ~whole_coordinator() override { stop(); }
 
   result<void> begin(const options& o, opened_state opened) {
@@ -691,7 +690,7 @@ class whole_coordinator final : public coordinator {
 result<std::unique_ptr<coordinator>> coordinator::start(const options& o) {
   auto opened = open_state(o.state);
   if (!opened) return opened.err();
-  auto whole = std::make_unique<whole_coordinator>(opened->paths);
+  auto whole = std::make_unique<whole_coordinator>();
   if (auto begun = whole->begin(o, std::move(*opened)); !begun) return begun.err();
   return std::unique_ptr<coordinator>(std::move(whole));
 }

@@ -7,7 +7,7 @@ add_library(sc_wire STATIC wire.cpp records.cpp)
 target_link_libraries(sc_wire PUBLIC sc_config sc_planning nlohmann_json::nlohmann_json)
 
 add_library(sc_coordinator_core STATIC
-  decision.cpp job_machine.cpp job_generation.cpp job_watch.cpp job_feed.cpp job_saves.cpp job_audit.cpp
+  decision.cpp job_adoption.cpp job_machine.cpp job_generation.cpp job_watch.cpp job_feed.cpp job_saves.cpp job_audit.cpp
   job_compete.cpp cluster_machine.cpp cluster_compete.cpp)
 target_link_libraries(sc_coordinator_core PUBLIC sc_wire sc_planning sc_tensor_names)
 add_library(sc_machines ALIAS sc_coordinator_core)
@@ -22,6 +22,8 @@ add_executable(test_coordinator
   ${CMAKE_SOURCE_DIR}/tests/cluster_machine_test.cpp
   ${CMAKE_SOURCE_DIR}/tests/compete_test.cpp
   ${CMAKE_SOURCE_DIR}/tests/worker_machine_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/deputy_machine_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/job_adoption_test.cpp
   ${CMAKE_SOURCE_DIR}/tests/tensor_names_test.cpp)
 target_link_libraries(test_coordinator PRIVATE sc_coordinator_core sc_worker_core sc_model
   doctest::doctest)

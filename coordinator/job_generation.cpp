@@ -108,7 +108,7 @@ void job_machine::start_preparing(const std::string& reason, std::uint64_t wait_
   if (wait_step != 0 && newest_report_.step == wait_step) before_switch_ = newest_report_;
   for (auto& [worker, m] : members_) {
     m.loaded.reset();
-    m.is_held = m.is_finished = m.is_astray = false;
+    m.is_held = m.is_finished = m.is_astray = m.is_report_due = false;
     ask(m);
   }
 }
@@ -254,6 +254,12 @@ bool job_machine::is_held_back(std::uint64_t step) {
 
 void job_machine::on(const checkpoint_found& e) {
   if (phase_ != phase::finding || e.request != request_) return;
+  if (e.newest && e.newest->generation >= number_) {
+    // Of a generation that nobody lives to tell of: its number is used.
+    record_.number = std::max(record_.number, e.newest->generation);
+    start_preparing(reason_);
+    return advance();
+  }
   has_looked_ = true;
   found_ = e.newest;
   for (const std::string& text : e.notes) note("checkpoint_skipped", text, {}, "warn");
@@ -391,6 +397,10 @@ void job_machine::send_commit(const member& m) {
     return t.from_rank != m.rank && t.to_rank != m.rank;
   });
   send(m.facts.id, std::move(own));
+  if (!checkpoints_.empty()) {  // whoever stands in for the coordinator goes on from there
+    const checkpoint_record& c = checkpoints_.rbegin()->second;
+    send(m.facts.id, checkpoint_durable{value(id()), c.step, c.seq, c.chain});
+  }
 }
 
 // ---- load and run ----
@@ -449,6 +459,9 @@ void job_machine::consider_running() {
 void job_machine::consider_adoption() {
   if (!has_ticked_) return;
   const std::int64_t waited = now_ms_ - phase_since_ms_;
+  const bool is_report_due = std::any_of(members_.begin(), members_.end(),
+                                         [](const auto& m) { return m.second.is_report_due; });
+  if (is_report_due && waited < rules_.minority_wait) return;
   if (!is_whole()) {
     // A link that closed says little where a witness has just heard the process.
     const bool are_known_lost = std::all_of(sought_.begin(), sought_.end(), [this](worker_id w) {
@@ -481,7 +494,7 @@ void job_machine::consider_adoption() {
       count([](const member& m) { return m.phase == worker_phase::loading; });
   const auto ready_count = count([](const member& m) { return m.phase == worker_phase::ready; });
   const auto up_count = static_cast<std::ptrdiff_t>(ranks.size()) - loading_count - ready_count;
-  const bool is_astray = count([](const member& m) { return m.is_astray; }) != 0;
+  const bool is_astray = count([](const member& m) { return m.is_astray || m.is_report_due; }) != 0;
   // run_stage is sent when all are ready, so some that load and some that run can't be.
   if (is_astray || (loading_count > 0 && up_count > 0)) {
     is_after_loss_ = true;

@@ -86,18 +86,16 @@ void job_machine::on(const job_events::workers_given& e) {
 void job_machine::on(const job_events::worker_connected& e) {
   const hello& h = e.greeting;
   if (members_.count(e.worker) == 0) {
-    if (!expects(e.worker)) return;
-    member m;
-    m.facts = {e.worker, h.process, h.name, h.host, h.link_host, h.link_port, h.device_class};
-    const auto& plan_members = generation_->shape.members;
-    for (std::size_t rank = 0; rank < plan_members.size(); ++rank) {
-      if (plan_members[rank].worker == e.worker) m.rank = static_cast<int>(rank);
+    if (!expects(e.worker)) {
+      if (is_claimed_by(h)) on_claim(e.worker, h);
+      return advance();
     }
-    members_[e.worker] = std::move(m);
-    sought_.erase(e.worker);
-    missed_.erase(e.worker);
+    (void)join(e.worker, h);
   }
   member& m = members_.at(e.worker);
+  m.generation = h.generation;
+  m.hash = h.plan_hash;
+  m.is_report_due = is_claimed_by(h);
   m.is_connected = true;
   m.heard_ms = now_ms_;
   m.phase = static_cast<worker_phase>(h.phase);
@@ -106,8 +104,15 @@ void job_machine::on(const job_events::worker_connected& e) {
                        h.generation == generation_->shape.generation && h.plan_hash == plan_hash_;
   if (is_ours) reported_step_ = std::max(reported_step_, h.step);
   // A number that another incarnation of the coordinator used and did not get to save.
-  const bool has_promised_more = h.job == value(id()) && h.promised > number_;
+  // Or a deputy, perhaps the very number that is in use here: it answers no second decider of it.
+  const bool is_preparing = phase_ == phase::preparing || phase_ == phase::finding;
+  const bool has_promised_more =
+      h.job == value(id()) &&
+      (h.promised > number_ || (is_preparing && h.generation >= number_) ||
+       (h.promised == number_ && !h.promised_to.empty() && h.generation != h.promised));
   if (has_promised_more) record_.number = std::max(record_.number, h.promised);
+  if (m.is_report_due && !is_preparing) return advance();
+  m.is_report_due = false;
 
   switch (phase_) {
     case phase::none:
@@ -154,6 +159,7 @@ void job_machine::on(const job_events::worker_connected& e) {
 }
 
 void job_machine::on(const job_events::worker_disconnected& e) {
+  if (claimants_.erase(e.worker) != 0) release(e.worker, e.why);
   const auto found = members_.find(e.worker);
   if (found == members_.end() || !found->second.is_connected) return;
   found->second.is_connected = false;
@@ -163,6 +169,7 @@ void job_machine::on(const job_events::worker_disconnected& e) {
 }
 
 void job_machine::on(const job_events::worker_gone& e) {
+  if (claimants_.erase(e.worker) != 0) release(e.worker, e.why);
   sought_.erase(e.worker);  // known dead: nothing to wait for
   missed_.erase(e.worker);
   if (members_.count(e.worker) != 0) lose({{e.worker, e.why}}, true);
@@ -171,6 +178,15 @@ void job_machine::on(const job_events::worker_gone& e) {
 
 void job_machine::on(const job_events::worker_said& e) {
   if (is_end(record_.state)) return;
+  const auto* report = std::get_if<plan_report>(&e.message);
+  if (const auto claim = claimants_.find(e.worker); claim != claimants_.end()) {
+    if (report == nullptr) {
+      report_overdue(e.worker);
+    } else {
+      take_report(e.worker, hello(claim->second), *report);
+    }
+    return advance();
+  }
   const auto found = members_.find(e.worker);
   if (found == members_.end()) {
     // Fenced by its content and not by who sends it: a part that was written counts for its step.
@@ -186,6 +202,8 @@ void job_machine::on(const job_events::worker_said& e) {
     return;
   }
   found->second.heard_ms = now_ms_;
+  if (found->second.is_report_due && report == nullptr) report_overdue(e.worker);
+  if (members_.count(e.worker) == 0 || phase_ == phase::none) return advance();
   std::visit([this, &m = found->second](const auto& x) { said(m, x); }, e.message);
   advance();
 }
@@ -502,6 +520,14 @@ void job_machine::release(worker_id worker, const std::string& reason, bool is_l
 void job_machine::release_all(const std::string& reason) {
   while (!members_.empty()) {
     const worker_id worker = members_.begin()->first;
+    send(worker, stop_stage{value(id()), reason});
+    release(worker, reason);
+  }
+  if (!is_end(record_.state) && record_.state != job_state::paused)
+    return;  // their report may help
+  while (!claimants_.empty()) {
+    const worker_id worker = claimants_.begin()->first;
+    claimants_.erase(worker);
     send(worker, stop_stage{value(id()), reason});
     release(worker, reason);
   }

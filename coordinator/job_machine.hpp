@@ -70,6 +70,7 @@ struct detection {
   std::int64_t minority_wait = 10'000;  // a silent member may hold a newer step
   std::int64_t load_wait = 60'000;      // without any sign from a member that loads
   std::int64_t order_wait = 120'000;    // end without the final save, cancel without its save
+  std::int64_t hold_wait = 10'000;      // all hold after one step, so within moments of each other
   std::int64_t finish_wait = 5'000;     // final manifest durable, a member has not said finished
   std::int64_t burst_wait = 500;        // joiners that come together make one generation
   std::int64_t feed_wait = 10'000;      // until the links of a feed stand
@@ -157,6 +158,7 @@ struct checkpoint_facts {
   exact_double loss;
   std::string weights_hash;  // of the whole model
   std::vector<part_record> parts;
+  std::uint64_t generation = 0;  // that saved it
 };
 
 struct checkpoint_found {  // answers find_checkpoint
@@ -348,6 +350,9 @@ class job_machine {
   std::vector<worker_id> workers() const;
   /// Was in the newest committed plan; a coordinator that restarts waits for it.
   bool expects(worker_id id) const;
+  /// It holds a plan of this job that is newer than ours, or another of the same number: a deputy's
+  /// (or a coordinator's whose store was lost). It is heard before it is told to stop.
+  bool is_claimed_by(const hello& greeting) const;
   job_view view() const;
   /// Words on what it waits for; the cluster adds what it knows of the free workers.
   const std::string& waits_for() const { return waits_for_; }
@@ -393,7 +398,9 @@ class job_machine {
     std::optional<ready> loaded;     // for the newest plan
     bool is_held = false, is_finished = false;
     std::string finished_hash;
-    bool is_astray = false;                                   // came back without our generation
+    bool is_astray = false;      // came back without our generation
+    bool is_report_due = false;  // it holds a newer plan than ours; its next word says which
+    std::uint64_t generation = 0, hash = 0;                   // of the plan that its greeting named
     std::map<worker_id, std::int64_t> lost_by, suspected_by;  // who says so, since when
     std::optional<beat> pulse;                                // its newest of this generation
   };
@@ -411,6 +418,7 @@ class job_machine {
     std::vector<part_saved> parts;
     std::vector<part_saved> whole;  // being put into a manifest
     std::uint64_t seq = 0;
+    bool is_tried = false;
     std::int64_t retry_ms = -1;  // the manifest is to be written again then
   };
   struct choice {
@@ -461,6 +469,7 @@ class job_machine {
   void said(member& m, const goodbye& x);
   void said(member& m, const feed_ready& x);
   void said(member& m, const fed& x);
+  void said(member& m, const plan_report& x);
   template <class T>
   void said(member&, const T&) {}  // what this machine has no part in
 
@@ -506,6 +515,14 @@ class job_machine {
   void consider_running();
   void consider_adoption();
 
+  // What a deputy decided while this coordinator was away (job_adoption.cpp).
+  void on_claim(worker_id worker, const hello& h);
+  void report_overdue(worker_id worker);
+  void take_report(worker_id from, const hello& h, const plan_report& x);
+  void adopt(worker_id from, const hello& h, const plan_report& x);
+  void merge(worker_id from, const hello& h, const plan_report& x);
+  member& join(worker_id worker, const hello& h);
+
   // Orders and voluntary changes.
   void consider_change();
   void start_hold(const std::string& reason, std::set<order_kind> orders);
@@ -537,6 +554,7 @@ class job_machine {
   // Saves and the end.
   void saved(const part_saved& x, worker_id from);
   std::vector<part_saved> whole_save(const std::vector<part_saved>& parts) const;
+  bool is_overtaken(std::uint64_t step) const;  // a newer step's manifest is being written
   void write_manifest(std::uint64_t step);
   void save_failed(std::uint64_t step, const std::string& why);
   void consider_end();
@@ -586,6 +604,7 @@ class job_machine {
   std::int64_t phase_since_ms_ = 0;
   std::map<worker_id, member> members_;
   std::map<worker_id, std::string> refused_;  // failed at this job on their own account: why
+  std::map<worker_id, hello> claimants_;      // no members; they hold a newer plan than ours
 
   // Being prepared.
   std::uint64_t number_ = 0;
@@ -653,6 +672,7 @@ class job_machine {
   std::string hold_reason_;
   std::map<order_kind, std::uint64_t> orders_;  // given in this hold, with their ids
   std::int64_t held_ms_ = -1;                   // all stand since
+  std::int64_t part_held_ms_ = -1;              // some stand since, all are here
   std::optional<std::uint64_t> resumed_step_;   // newest step at which a hold of this plan ended
   bool has_save_failed_ = false;                // since they were given
   std::string last_save_problem_;

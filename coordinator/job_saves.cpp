@@ -12,6 +12,7 @@ namespace stagecoach {
 
 namespace {
 constexpr std::size_t open_saves_max = 8;  // newer ones make older ones worthless
+constexpr std::uint64_t seqs_per_step = 64;
 constexpr std::size_t parts_of_a_save_max = 4 * limits::worker_count_max;
 }  // namespace
 
@@ -65,7 +66,7 @@ void job_machine::start_hold(const std::string& reason, std::set<order_kind> ord
   hold_reason_ = reason;
   orders_.clear();
   for (const order_kind kind : orders) orders_[kind] = next_order_++;
-  held_ms_ = -1;
+  held_ms_ = part_held_ms_ = -1;
   has_save_failed_ = false;
   waits_for_.clear();
   enter(phase::holding);
@@ -96,7 +97,20 @@ void job_machine::consider_hold() {
     drop_yield();
     return enter(phase::running);
   }
-  if (!std::all_of(ranks.begin(), ranks.end(), [](const member* m) { return m->is_held; })) return;
+  const auto held_count =
+      std::count_if(ranks.begin(), ranks.end(), [](const member* m) { return m->is_held; });
+  if (held_count < static_cast<std::ptrdiff_t>(ranks.size())) {
+    const bool are_here =
+        std::all_of(ranks.begin(), ranks.end(), [](const member* m) { return m->is_connected; });
+    if (held_count == 0 || !are_here) {
+      part_held_ms_ = -1;
+    } else if (part_held_ms_ < 0) {
+      part_held_ms_ = now_ms_;
+    } else if (now_ms_ - part_held_ms_ >= rules_.hold_wait) {
+      resume_after_hold("only some members hold: a deputy let the others go on");
+    }
+    return;
+  }
   const std::uint64_t step = ranks.front()->step;
   for (const member* m : ranks) {
     if (m->step != step) {
@@ -166,7 +180,7 @@ void job_machine::resume_after_hold(const std::string& why) {
   orders_.clear();
   hold_reason_.clear();
   drop_yield();
-  change_since_ms_ = held_ms_ = -1;
+  change_since_ms_ = held_ms_ = part_held_ms_ = -1;
   note("hold_ended", why);
 }
 
@@ -195,10 +209,13 @@ void job_machine::saved(const part_saved& x, worker_id from) {
   }
   const auto newest = newest_saved();
   if (newest && *newest >= x.step) {
-    send(from, checkpoint_durable{value(id()), *newest});
+    const checkpoint_record& c = checkpoints_.at(*newest);
+    next_seq_ = std::max(next_seq_, x.seq + 1);
+    send(from, checkpoint_durable{value(id()), c.step, c.seq, c.chain});
     return;
   }
   check_chain(x.step, x.chain, x.part.host);
+  next_seq_ = std::max(next_seq_, x.seq + 1);
   pending_save& save = saves_[x.step];
   const auto is_same = [&x](const part_saved& p) {
     return p.part.file == x.part.file && p.part.folder == x.part.folder &&
@@ -206,13 +223,20 @@ void job_machine::saved(const part_saved& x, worker_id from) {
   };
   std::erase_if(save.parts, is_same);
   if (save.parts.size() < parts_of_a_save_max) save.parts.push_back(x);
-  if (save.whole.empty()) {
+  // The newest manifest is the one with the largest number: an older step that became whole late
+  // must not get one after a newer step's.
+  if (save.whole.empty() && !is_overtaken(x.step)) {
     save.whole = whole_save(save.parts);
     if (!save.whole.empty()) write_manifest(x.step);
   }
   for (auto old = saves_.begin(); saves_.size() > open_saves_max && old != saves_.end();) {
     old = old->second.whole.empty() ? saves_.erase(old) : std::next(old);
   }
+}
+
+bool job_machine::is_overtaken(std::uint64_t step) const {
+  return std::any_of(saves_.upper_bound(step), saves_.end(),
+                     [](const auto& s) { return !s.second.whole.empty(); });
 }
 
 /// Parts that together are the whole model, each tensor once; empty: not yet. First those of one
@@ -250,11 +274,23 @@ std::vector<part_saved> job_machine::whole_save(const std::vector<part_saved>& p
 void job_machine::write_manifest(std::uint64_t step) {
   pending_save& save = saves_.at(step);
   save.retry_ms = -1;
+  // Whatever order they came in: the same parts make the same manifest.
+  std::sort(save.whole.begin(), save.whole.end(), [](const part_saved& a, const part_saved& b) {
+    return std::tie(a.part.file, a.part.host) < std::tie(b.part.file, b.part.host);
+  });
   const part_saved& first = save.whole.front();
+  // A deputy put them into a manifest already: it is that one, and not another of the same step.
+  const bool is_written = !save.is_tried && first.seq != 0 &&
+                          std::all_of(save.whole.begin(), save.whole.end(),
+                                      [&first](const auto& p) { return p.seq == first.seq; });
+  save.is_tried = true;
+  // At least so large, so that the order of the numbers is the order of the steps also where a
+  // deputy and a coordinator that was only frozen write without knowing of each other.
+  next_seq_ = std::max(next_seq_, step * seqs_per_step + 1);
   actions::write_manifest m;
   m.job = id();
   m.step = step;
-  m.seq = next_seq_++;
+  m.seq = is_written ? first.seq : next_seq_++;
   m.chain = first.chain;
   m.generation = first.generation;
   m.loss = first.loss;
@@ -310,8 +346,9 @@ void job_machine::on(const manifest_written& e) {
         {"weights_hash", c.weights_hash}});
   checkpoints_[e.step] = std::move(c);
   saves_.erase(saves_.begin(), saves_.upper_bound(e.step));
+  const checkpoint_record& newest = checkpoints_.rbegin()->second;
   for (const auto& [worker, m] : members_) {
-    send(worker, checkpoint_durable{value(id()), *newest_saved()});
+    send(worker, checkpoint_durable{value(id()), newest.step, newest.seq, newest.chain});
   }
   check_saved(e.step);
   const checkpoint_spec& keep = record_.spec.checkpoint;
@@ -349,7 +386,8 @@ void job_machine::on(const checkpoints_retired& e) {
 // ---- the end ----
 void job_machine::consider_end() {
   for (auto& [step, save] : saves_) {
-    if (save.retry_ms >= 0 && now_ms_ >= save.retry_ms) write_manifest(step);
+    const bool is_due = save.retry_ms >= 0 && now_ms_ >= save.retry_ms;
+    if (is_due && !is_overtaken(step)) write_manifest(step);
   }
   if (phase_ == phase::none) return;
   if (!is_final_saved()) {

@@ -123,6 +123,7 @@ struct hello {
   std::uint64_t step = 0;      // newest applied
   std::uint64_t promised = 0;  // newest prepare it answered: takes nothing of smaller numbers
   std::string version;
+  std::string promised_to{};  // process of the deputy that asked; empty: the coordinator
 };
 enum class worker_phase : int { idle = 0, prepared, loading, ready, running, held, finished };
 
@@ -191,6 +192,7 @@ struct part_saved {
   std::int64_t stall_us = 0, write_us = 0;
   std::string problem;    // not empty: this part could not be written (disk full, ...)
   bool is_final = false;  // after the job's last step
+  std::uint64_t seq = 0;  // of the manifest that a deputy wrote with it; 0: none
 };
 
 struct held {  // every member, after a hold or stop order acted
@@ -290,6 +292,8 @@ struct commit {
   // coordinator lacks some, for who had done them died before it told. -1: nobody.
   int retell_rank = -1;
   std::uint64_t retell_after = 0;
+  std::string decided_by{}, reason{};  // a deputy's name and why; empty: the coordinator decided
+  std::int64_t unix_ms = 0;            // when, in that case
 };
 
 struct run_stage {
@@ -308,6 +312,7 @@ struct resume_stage {  // ends a hold without a new plan; to every member
 
 struct checkpoint_durable {  // frees the worker's copy; the newest durable step
   std::uint64_t job = 0, step = 0;
+  std::uint64_t seq = 0, chain = 0;  // of its manifest; a deputy goes on from there
 };
 
 /// Copy state in the background while the generation runs. Every participant opens links of this
@@ -425,7 +430,8 @@ STAGECOACH_FIELDS(hello, v("protocol", m.protocol), v("name", m.name), v("proces
                   v("device", m.device), v("device_class", m.device_class), v("threads", m.threads),
                   v("memory_bytes", m.memory_bytes), v("labels", m.labels), v("job", m.job),
                   v("generation", m.generation), v("plan_hash", m.plan_hash), v("phase", m.phase),
-                  v("step", m.step), v("promised", m.promised), v("version", m.version))
+                  v("step", m.step), v("promised", m.promised), v("version", m.version),
+                  v("promised_to", m.promised_to))
 STAGECOACH_FIELDS(beat, v("job", m.job), v("generation", m.generation), v("step", m.step),
                   v("phase", m.phase), v("op", m.op), v("activity", m.activity),
                   v("waits_for", m.waits_for), v("stands_ms", m.stands_ms), v("leaf_us", m.leaf_us))
@@ -447,7 +453,7 @@ STAGECOACH_FIELDS(part_saved, v("job", m.job), v("generation", m.generation),
                   v("plan_hash", m.plan_hash), v("step", m.step), v("part", m.part),
                   v("part_count", m.part_count), v("loss", m.loss), v("chain", m.chain),
                   v("stall_us", m.stall_us), v("write_us", m.write_us), v("problem", m.problem),
-                  v("is_final", m.is_final))
+                  v("is_final", m.is_final), v("seq", m.seq))
 STAGECOACH_FIELDS(held, v("job", m.job), v("generation", m.generation), v("step", m.step))
 STAGECOACH_FIELDS(finished, v("job", m.job), v("generation", m.generation), v("step", m.step),
                   v("weights_hash", m.weights_hash))
@@ -466,12 +472,14 @@ STAGECOACH_FIELDS(commit, v("plan", m.shape), v("spec", m.spec), v("source", m.s
                   v("roll_forward", m.roll_forward), v("parts", m.parts),
                   v("expected_weights_hash", m.expected_weights_hash),
                   v("save_at_start", m.save_at_start), v("checkpoint_folder", m.checkpoint_folder),
-                  v("retell_rank", m.retell_rank), v("retell_after", m.retell_after))
+                  v("retell_rank", m.retell_rank), v("retell_after", m.retell_after),
+                  v("decided_by", m.decided_by), v("reason", m.reason), v("unix_ms", m.unix_ms))
 STAGECOACH_FIELDS(run_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation), v("order", m.order),
                   v("kind", m.kind), v("with", m.with))
 STAGECOACH_FIELDS(resume_stage, v("job", m.job), v("generation", m.generation))
-STAGECOACH_FIELDS(checkpoint_durable, v("job", m.job), v("step", m.step))
+STAGECOACH_FIELDS(checkpoint_durable, v("job", m.job), v("step", m.step), v("seq", m.seq),
+                  v("chain", m.chain))
 STAGECOACH_FIELDS(stop_stage, v("job", m.job), v("reason", m.reason))
 STAGECOACH_FIELDS(plan_report, v("job", m.job), v("plan", m.shape), v("source", m.source),
                   v("step", m.step), v("chain", m.chain), v("reason", m.reason),

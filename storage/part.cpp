@@ -121,21 +121,22 @@ error as_corrupt(const error& e) {
 }  // namespace
 
 std::string part_file_name(const part_name& name) {
-  return fmt::format("g{:06}-q{:012}-s{:03}-r{:03}.safetensors", name.generation, name.seq,
-                     name.stage, name.slice);
+  const std::string plan = name.plan == 0 ? "" : fmt::format("-p{:016x}", name.plan);
+  return fmt::format("g{:06}-q{:012}-s{:03}-r{:03}{}.safetensors", name.generation, name.seq,
+                     name.stage, name.slice, plan);
 }
 
 std::optional<part_name> parse_part_file_name(std::string_view file) {
   const std::string text(file);
   part_name name;
-  unsigned long long generation = 0, seq = 0;
-  int used = 0;
-  if (std::sscanf(text.c_str(), "g%20llu-q%20llu-s%9d-r%9d.safetensors%n", &generation, &seq,
-                  &name.stage, &name.slice, &used) != 4 ||
-      used == 0)
+  unsigned long long generation = 0, seq = 0, plan = 0;
+  // What follows the numbers is held against the whole name below.
+  if (std::sscanf(text.c_str(), "g%20llu-q%20llu-s%9d-r%9d-p%16llx", &generation, &seq, &name.stage,
+                  &name.slice, &plan) < 4)
     return std::nullopt;
   name.generation = generation;
   name.seq = seq;
+  name.plan = plan;
   const auto whole = part_file_name(name);
   const std::string_view rest = file.substr(std::min(whole.size(), file.size()));
   if (!file.starts_with(whole)) return std::nullopt;

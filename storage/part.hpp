@@ -39,9 +39,11 @@ struct part_name {
   std::uint64_t seq = 0;
   int stage = 0;
   int slice = 0;
+  std::uint64_t plan =
+      0;  // its hash: both sides of a cut may use one number in one folder; 0: none
   bool operator==(const part_name&) const = default;
 };
-/// "g000003-q000000000012-s002-r001.safetensors"
+/// "g000003-q000000000012-s002-r001-p0123456789abcdef.safetensors"; without a plan no "-p..."
 std::string part_file_name(const part_name& name);
 /// Also from a temporary name of such a file. Empty: not one of ours.
 std::optional<part_name> parse_part_file_name(std::string_view file);

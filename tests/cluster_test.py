@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The exactness promise with real processes: layouts, kills, restarts, damaged stores; always the same hash.
 
-usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | feeds | sharded | restarts | store | compete
+usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | feeds | sharded | restarts | store |
+                                        deputy | compete
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
@@ -325,6 +326,99 @@ def group_store():
         same(run(f"store{i}", path, 2, damaged(damage)), steps, f"restart with {words}")
 
 
+def group_deputy():
+    """Workers are lost while the coordinator is away: the survivors go on, and it adopts what they decided."""
+    def manifests(cluster):
+        return sorted(p.name for p in (cluster.folder / "state" / "checkpoints").rglob("manifest-*.json"))
+
+    def step_of(name):
+        return int(name.split("-step-")[1].split(".")[0])
+
+    def wait_manifest(cluster, step, seconds):
+        """Seconds until a manifest of a later step lies there, the only sign of progress without a coordinator."""
+        began = time.time()
+        while time.time() - began < seconds:
+            if any(step_of(name) > step for name in manifests(cluster)):
+                return time.time() - began
+            time.sleep(0.02)
+        return None
+
+    def newest(cluster):
+        return max((step_of(name) for name in manifests(cluster)), default=0)
+
+    def events(cluster, job, kind):
+        return [e for e in cluster.call("GET", f"/jobs/{job}/events")["events"] if e["kind"] == kind]
+
+    def adopted(cluster, job, generation, words):
+        cluster.start_coordinator()
+        view = cluster.wait(job, lambda v: v["state"] in ("RUNNING", "CHECKPOINTING", "COMPLETED") and
+                            v["generation"] > generation, 30, "a generation that is newer")
+        notes = events(cluster, job, "deputy_decided")
+        check(len(notes) == 1 and notes[0]["fields"]["decided_by"] and notes[0]["fields"]["reason"],
+              f"{words}: generation {view['generation']} is adopted: {[n['text'] for n in notes]}")
+
+    def kill_during(count, words):
+        def disturb(cluster, job):
+            before = cluster.wait_step(job, 60)
+            members = cluster.members(job)
+            cluster.kill_coordinator()
+            time.sleep(0.3)
+            for victim in RANDOM.sample(members, count):
+                cluster.kill(victim)
+            at = newest(cluster)
+            took = wait_manifest(cluster, at, 10)
+            check(took is not None, f"{words}: saved again {took} s after the kill (coordinator dead, a save each 5 steps)")
+            time.sleep(0.5)
+            check(len(manifests(cluster)) > 0, f"{words}: manifests without a coordinator: {manifests(cluster)}")
+            adopted(cluster, job, before["generation"], words)
+        return disturb
+
+    def nobody_lost(cluster, job):
+        before = cluster.wait_step(job, 60)
+        cluster.kill_coordinator()
+        left = time.time()
+        at = newest(cluster)
+        took = wait_manifest(cluster, at, 10)
+        check(took is not None, f"nobody lost: the lowest rank writes manifests, the first after {took} s")
+        time.sleep(1)
+        cluster.start_coordinator()
+        back = time.time()
+        view = cluster.wait(job, lambda v: v["state"] in ("RUNNING", "CHECKPOINTING", "COMPLETED"))
+        check(view["generation"] == before["generation"], "nobody lost: the generation did not change")
+        until = time.time() + 10
+        away = []
+        while not away and time.time() < until:
+            series = cluster.call("GET", f"/jobs/{job}/series")["steps"]
+            away = [s["step"] for s in series if left * 1000 < s["unix_ms"] < back * 1000]
+        whole = away and away == list(range(away[0], away[-1] + 1))
+        check(whole, f"nobody lost: {len(away)} steps while it was away, none missing")
+
+    def frozen_coordinator(cluster, job):
+        before = cluster.wait_step(job, 60)
+        victim = RANDOM.choice(cluster.members(job))
+        cluster.coordinator.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        cluster.kill(victim)
+        took = wait_manifest(cluster, newest(cluster), 15)
+        check(took is not None, f"coordinator frozen, a worker killed: saved again {took} s after")
+        time.sleep(0.5)
+        cluster.coordinator.send_signal(signal.SIGCONT)
+        cluster.wait(job, lambda v: v["state"] in ("RUNNING", "CHECKPOINTING", "COMPLETED") and
+                     v["generation"] > before["generation"], 30, "a generation that is newer")
+
+    slow = 1200  # steps, so that a job lasts longer than what is done to it
+    cases = [
+        ("two workers, one killed", 2, "1..2", explicit(1, 2), kill_during(1, "two workers, one killed")),
+        ("a pipeline of three, one killed", 3, "1..3", "", kill_during(1, "three workers, one killed")),
+        ("most of the workers killed", 4, "1..4", "", kill_during(3, "three of four killed")),
+        ("nobody lost", 2, "2", explicit(2, 1), nobody_lost),
+        ("a frozen coordinator, a killed worker", 3, "1..3", explicit(1, 3), frozen_coordinator),
+    ]
+    for i, (words, workers, band, parallelism, disturb) in enumerate(cases):
+        path = job_file(f"deputy{i}", slow, band, parallelism, "5 steps")
+        same(run(f"deputy{i}", path, workers, disturb), slow, f"coordinator away: {words}")
+
+
 def group_compete():
     """Two jobs on three workers: the lower is shrunk, then suspended, comes back, and both end with their hash."""
     low_steps, high_steps = 400, 60
@@ -406,5 +500,5 @@ def group_elastic():
 if __name__ == "__main__":
     sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "feeds": group_feeds,
                    "sharded": group_sharded,
-                   "restarts": group_restarts, "store": group_store,
+                   "restarts": group_restarts, "store": group_store, "deputy": group_deputy,
                    "compete": group_compete, "elastic": group_elastic}))

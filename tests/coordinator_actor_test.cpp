@@ -228,13 +228,15 @@ TEST_CASE("units of a stage read as people say them") {
 struct saved_steps {
   temporary_folder folder;
   state_paths paths{folder.path, std::string(32, 'a')};
-  checkpoint_keeper keeper{paths};
+  checkpoint_keeper keeper;
   job_place job;
   std::vector<float> values = std::vector<float>(1000, 0.5f);
 
   saved_steps() {
     job.id = job_id{1};
     job.spec.name = "x";
+    job.folder = paths.checkpoint_folder(job.id, job.spec);
+    job.copies = paths.manifests_folder(job.id);
     job.incarnation = 1;
     job.unix_ms = 1'000;
   }

@@ -328,9 +328,14 @@ TEST_CASE("part names sort, tell generation and seq, and nothing else is taken f
   CHECK(part_file_name(name) == "g000003-q000000000012-s002-r001.safetensors");
   CHECK(parse_part_file_name(part_file_name(name)) == name);
   CHECK(parse_part_file_name(temporary_name(part_file_name(name)).string()) == name);
+  part_name planned = name;
+  planned.plan = 0xabc;
+  CHECK(part_file_name(planned) == "g000003-q000000000012-s002-r001-p0000000000000abc.safetensors");
+  CHECK(parse_part_file_name(part_file_name(planned)) == planned);
   for (const char* other :
        {"", "x", "g3-q12-s2-r1.safetensors", "g000003-q000000000012-s002-r001.safetensors.bak",
         "g000003-q000000000012-s002-r001.safetensorsx",
+        "g000003-q000000000012-s002-r001-pabc.safetensors",
         "manifest-000000000001-step-000000000001.json"})
     CHECK_FALSE(parse_part_file_name(other));
 }

@@ -933,8 +933,8 @@ struct trainer::implementation {
       }
       work->report.part.tensors.push_back(t.name);
     }
-    work->file = part_file_name(
-        {shape.generation, state_step, shape.stage_of(my_rank), shape.replica_of(my_rank)});
+    work->file = part_file_name({shape.generation, state_step, shape.stage_of(my_rank),
+                                 shape.replica_of(my_rank), plan_hash(shape)});
     work->folder = checkpoint_folder;
     work->metadata = {{"job", std::to_string(value(shape.job))},
                       {"step", std::to_string(state_step)},

@@ -11,6 +11,7 @@
 #include "config/log.hpp"
 #include "coordinator/wire.hpp"
 #include "worker/control_client.hpp"
+#include "worker/deputy_disk.hpp"
 #include "worker/device_probe.hpp"
 #include "worker/link_asio.hpp"
 #include "worker/trainer.hpp"
@@ -38,6 +39,14 @@ process_id random_process_id() {
 // stopped one is known within 1.5 s.
 constexpr std::chrono::milliseconds probe_within{300};
 
+// A coordinator that is frozen sends no pong: noticed within this time and a half. A blip costs a
+// new connection and nothing else: a lost control socket evicts nobody.
+constexpr std::chrono::milliseconds coordinator_idle{2'000};
+
+level level_of(const std::string& name) {
+  return name == "error" ? level::error : name == "warn" ? level::warn : level::info;
+}
+
 // What the actor's actions act on. Owned by the worker below, which outlives the actor.
 struct effects {
   std::unique_ptr<link_server> links;
@@ -45,6 +54,7 @@ struct effects {
   std::unique_ptr<control_client> control;
   std::function<void(std::string)> give_up;
   std::function<void(to_coordinator)> say;  // to the actor, as the trainer does
+  std::unique_ptr<deputy_disk> disk;
 
   // The client's first callback may come before start() has returned the client; the wait is for
   // that moment.
@@ -60,6 +70,16 @@ struct effects {
     links->line().ask_alive(to, probe_within, [this, q](peer_verdict verdict, std::string why) {
       say(probed{q.job, q.generation, value(q.peer.worker), to_string(verdict), std::move(why)});
     });
+  }
+  void carry_out(const worker_actions::send_peer& x) {
+    links->line().send({x.to.name, x.to.process, x.to.link_host, x.to.link_port},
+                       encode(x.message));
+  }
+  void carry_out(const worker_actions::store& x) { disk->carry_out(x); }
+  void carry_out(const worker_actions::make_tie_break& x) { disk->carry_out(x); }
+  void carry_out(const worker_actions::note& x) {
+    log_event(level_of(x.record.level), x.record.kind,
+              {{"job", value(x.record.job)}, {"text", x.record.text}});
   }
   void carry_out(const worker_actions::tell_trainer& x) {
     std::visit([this](const auto& message) { tell(message); }, x.message);
@@ -107,11 +127,15 @@ class running_worker : public worker {
   }
 
   ~running_worker() override {
-    // Producers first: nobody may send to the actor while it goes.
     if (world_.control) world_.control->stop();
+    // What it acts on goes after it: a message of a peer may come at any time.
+    if (actor_) {
+      caf::anon_send_exit(actor_, caf::exit_reason::user_shutdown);
+      caf::scoped_actor(system_)->wait_for(actor_);
+    }
     world_.training.reset();
+    world_.disk.reset();
     world_.links.reset();
-    caf::anon_send_exit(actor_, caf::exit_reason::user_shutdown);
     actor_ = nullptr;
   }
 
@@ -186,12 +210,29 @@ class running_worker : public worker {
       caf::anon_send(to, worker_event{worker_events::trainer_said{std::move(message)}});
     };
     training.emit = world_.say;
+    world_.disk = std::make_unique<deputy_disk>(
+        [to = actor_](worker_event e) { caf::anon_send(to, std::move(e)); });
+    world_.links->line().listen(
+        [to = actor_](const process_id& from, const std::string& name, const std::string& text) {
+          auto message = decode_peer_message(text);
+          if (!message) {
+            log_event(level::warn, "peer_message_dropped",
+                      {{"from", name}, {"reason", message.err().message}});
+            return;
+          }
+          caf::anon_send(to, worker_event{worker_events::peer_said{from, std::move(*message)}});
+        },
+        [to = actor_](const peer_address& peer, peer_verdict verdict, const std::string& why) {
+          caf::anon_send(to, worker_event{worker_events::peer_unreachable{
+                                 peer.process, verdict == peer_verdict::gone, why}});
+        });
     world_.training = std::make_unique<trainer>(std::move(training), *world_.links);
 
     control_client::options control;
     control.host = options.coordinator_host;
     control.port = options.coordinator_port;
     control.tls = options.tls;
+    control.idle = coordinator_idle;
     control.seed = std::stoull(identity.process.substr(0, 15), nullptr, 16);
     trainer* training_now = world_.training.get();
     control_client::callbacks callbacks;
@@ -221,8 +262,11 @@ class running_worker : public worker {
       const auto now = std::chrono::duration_cast<std::chrono::milliseconds>(
                            std::chrono::steady_clock::now() - began)
                            .count();
+      const auto unix_ms = std::chrono::duration_cast<std::chrono::milliseconds>(
+                               std::chrono::system_clock::now().time_since_epoch())
+                               .count();
       const trainer::status shown = training_now->now();
-      caf::anon_send(to, worker_event{worker_events::tick{now, shown.step, shown.pulse}});
+      caf::anon_send(to, worker_event{worker_events::tick{now, shown.step, shown.pulse, unix_ms}});
     });
     return ok();
   }

@@ -1,6 +1,7 @@
 #include "worker/worker_machine.hpp"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 namespace stagecoach {
@@ -13,22 +14,33 @@ constexpr std::int64_t tick_gap_ms_max = 300;          // ticks come every 100 m
 constexpr std::int64_t odd_stand_ms = 1'000, odd_beat_ms = 200;
 }  // namespace
 
-worker_machine::worker_machine(worker_identity identity) : identity_(std::move(identity)) {}
+worker_machine::worker_machine(worker_identity identity, deputy_rules rules)
+    : identity_(std::move(identity)), deputy_(identity_.process, rules) {}
 
 std::vector<worker_action> worker_machine::step(const worker_event& e) {
   std::visit([this](const auto& x) { on(x); }, e);
+  serve_deputy();
   return std::exchange(out_, {});
 }
 
 // ---- the control channel ----
 void worker_machine::on(const worker_events::connected& e) {
   is_connected_ = true;
-  is_welcome_ = false;
+  if (std::exchange(is_welcome_, false)) away_since_ms_ = free_since_ms_ = own_ms_;
   follow(e.step);
-  out_.push_back(worker_actions::send{greeting()});
+  say_hello();
 }
 
-void worker_machine::on(const worker_events::disconnected&) { is_connected_ = is_welcome_ = false; }
+void worker_machine::say_hello() {
+  said_promised_ = promised_;
+  said_generation_ = generation_;
+  send(greeting());
+}
+
+void worker_machine::on(const worker_events::disconnected&) {
+  is_connected_ = false;
+  if (std::exchange(is_welcome_, false)) away_since_ms_ = free_since_ms_ = own_ms_;
+}
 
 void worker_machine::on(const worker_events::coordinator_said& e) {
   std::visit([this](const auto& x) { told(x); }, e.message);
@@ -50,17 +62,26 @@ void worker_machine::on(const worker_events::tick& e) {
   watch_pulse(e);
   now_ms_ = e.now_ms;
   follow(e.step);
+  unix_ms_ = e.unix_ms;
+  if (decider_ && !is_own_deputy() && own_ms_ - decider_heard_ms_ >= deputy_.rules().follow) {
+    leave_deputy();
+  }
+  advise_deputy(deputy_events::tick{});
   const std::int64_t stands_ms = own_ms_ - moved_own_ms_;
   const bool is_odd = phase_ == worker_phase::running && stands_ms >= odd_stand_ms;
   const std::int64_t due_ms = is_odd ? next_beat_ms_ - beat_ms_ + odd_beat_ms : next_beat_ms_;
   if (!is_welcome_ || now_ms_ < std::min(due_ms, next_beat_ms_)) return;
   next_beat_ms_ = now_ms_ + beat_ms_;
+  send(pulse_now());
+}
+
+beat worker_machine::pulse_now() const {
   beat b{job_, generation_, step_, static_cast<int>(phase_)};
   b.op = pulse_.op;
   b.activity = static_cast<int>(pulse_.activity);
   b.waits_for = pulse_.waits_for;
-  b.stands_ms = stands_ms;
-  send(b);
+  b.stands_ms = own_ms_ - moved_own_ms_;
+  return b;
 }
 
 void worker_machine::on(const worker_events::stopping& e) {
@@ -71,7 +92,7 @@ void worker_machine::on(const worker_events::stopping& e) {
 void worker_machine::told(const welcome& x) {
   if (x.incarnation < incarnation_) {
     // A coordinator that was thought dead: it must not decide beside its successor.
-    is_welcome_ = false;
+    if (std::exchange(is_welcome_, false)) away_since_ms_ = free_since_ms_ = own_ms_;
     out_.push_back(worker_actions::reconnect{"this coordinator has a successor"});
     return;
   }
@@ -79,7 +100,13 @@ void worker_machine::told(const welcome& x) {
   incarnation_ = x.incarnation;
   beat_ms_ = std::clamp<std::int64_t>(x.beat_ms, 10, 60'000);
   next_beat_ms_ = now_ms_ + beat_ms_;
+  // Before it is welcome, so that what the deputy says of its end comes after the plan that it
+  // made.
+  leave_deputy();
+  advise_deputy(deputy_events::retire{"the coordinator is back"});
   is_welcome_ = true;
+  // A deputy went on between the greeting and this answer to it.
+  if (promised_ != said_promised_ || generation_ != said_generation_) say_hello();
   say_state_again();
 }
 
@@ -89,6 +116,10 @@ void worker_machine::told(const refused& x) {
 
 void worker_machine::told(const prepare& x) {
   if (x.job != job_) {
+    if (!speaker_.empty()) {  // a deputy has one job, its own
+      ++stale_messages_;
+      return;
+    }
     if (job_ != 0) tell(stop_stage{job_, "given to another job"});
     forget_job();
     job_ = x.job;
@@ -98,10 +129,15 @@ void worker_machine::told(const prepare& x) {
     return;
   }
   if (x.number == promised_) {
-    if (answer_) send(*answer_);  // else the trainer's answer is on its way
+    if (speaker_ != promised_to_) {
+      ++stale_messages_;  // a second decider of one number
+    } else if (answer_) {
+      decide_by(*answer_);  // else the trainer's answer is on its way
+    }
     return;
   }
   promised_ = x.number;
+  promised_to_ = speaker_;
   phase_ = worker_phase::prepared;
   is_dropping_ = true;
   answer_.reset();
@@ -141,7 +177,7 @@ void worker_machine::told(const stop_feed& x) {
 
 void worker_machine::told(const commit& x) {
   const bool is_awaited = value(x.shape.job) == job_ && x.shape.generation == promised_ &&
-                          x.shape.generation > generation_;
+                          x.shape.generation > generation_ && speaker_ == promised_to_;
   if (!is_awaited) {
     ++stale_messages_;
     return;
@@ -152,6 +188,10 @@ void worker_machine::told(const commit& x) {
   is_dropping_ = false;
   step_ = x.step;
   peer_states_.clear();
+  commit_ = x;
+  commit_->transfers.clear();
+  commit_->parts.clear();
+  commit_->roll_forward.reset();
   tell(x);
 }
 
@@ -184,8 +224,19 @@ void worker_machine::told(const resume_stage& x) {
 }
 
 void worker_machine::told(const checkpoint_durable& x) {
-  std::erase_if(parts_, [&x](const part_saved& p) { return p.job == x.job && p.step <= x.step; });
-  if (x.job == job_) tell(x);
+  // A deputy's manifest is a file that the coordinator does not know of: the parts of the newest
+  // are kept for it, with the manifest's number, so that it finds the same manifest and not
+  // another.
+  const bool is_by_deputy = !speaker_.empty();
+  std::erase_if(parts_, [&x, is_by_deputy](const part_saved& p) {
+    return p.job == x.job && (is_by_deputy ? p.step < x.step : p.step <= x.step);
+  });
+  for (part_saved& p : parts_) {
+    if (p.job == x.job && p.step == x.step) p.seq = x.seq;
+  }
+  if (x.job != job_) return;
+  if (x.seq >= durable_.seq) durable_ = x;
+  tell(x);
 }
 
 void worker_machine::told(const stop_stage& x) {
@@ -202,6 +253,10 @@ void worker_machine::forget_job() {
   job_ = generation_ = plan_hash_ = promised_ = step_ = feed_ = 0;
   feed_ready_.reset();
   fed_.reset();
+  promised_to_.clear();
+  commit_.reset();
+  durable_ = {};
+  leave_deputy();
   is_dropping_ = false;
   answer_.reset();
   ready_.reset();
@@ -219,7 +274,7 @@ void worker_machine::said(const prepared& x) {
   is_dropping_ = false;
   answer_ = x;
   step_ = x.has_state ? x.step : 0;
-  if (is_welcome_) send(x);
+  decide_by(x);
 }
 
 void worker_machine::said(const ready& x) {
@@ -227,7 +282,7 @@ void worker_machine::said(const ready& x) {
   phase_ = worker_phase::ready;
   step_ = x.step;
   ready_ = x;
-  if (is_welcome_) send(x);
+  decide_by(x);
 }
 
 void worker_machine::said(const failed& x) {
@@ -235,12 +290,13 @@ void worker_machine::said(const failed& x) {
   if (!is_of_this) return;  // the generation is gone already
   phase_ = worker_phase::prepared;
   failed_ = x;
-  if (is_welcome_) send(x);
+  decide_by(x);
 }
 
 void worker_machine::said(const progress& x) {
   if (x.job == job_ && !x.steps.empty()) step_ = std::max(step_, x.steps.back().step);
   if (is_welcome_) return send(x);
+  decide_by(x);
   for (std::size_t first = 0; first < x.steps.size(); first += steps_of_a_message_max) {
     progress piece{x.job, x.generation, x.plan_hash, {}};
     const std::size_t last = std::min(x.steps.size(), first + steps_of_a_message_max);
@@ -267,12 +323,21 @@ void worker_machine::said(const progress& x) {
 }
 
 void worker_machine::said(const part_saved& x) {
-  if (!x.problem.empty()) return pass_on(x);
+  if (!x.problem.empty()) {
+    if (!is_welcome_) decide_by(x);
+    return pass_on(x);
+  }
   if (x.job == job_) {
     if (parts_.size() >= queued_parts_max) parts_.erase(parts_.begin());
     parts_.push_back(x);
+    // Nobody writes manifests: the oldest save would be of no use any more when somebody does.
+    std::set<std::uint64_t> steps;
+    for (const part_saved& p : parts_) steps.insert(p.step);
+    if (!is_welcome_ && steps.size() > uncommitted_saves_max) {
+      std::erase_if(parts_, [&steps](const part_saved& p) { return p.step == *steps.begin(); });
+    }
   }
-  if (is_welcome_) send(x);
+  decide_by(x);
 }
 
 void worker_machine::said(const held& x) {
@@ -280,7 +345,7 @@ void worker_machine::said(const held& x) {
   phase_ = worker_phase::held;
   step_ = x.step;
   held_ = x;
-  if (is_welcome_) send(x);
+  decide_by(x);
 }
 
 void worker_machine::said(const finished& x) {
@@ -289,7 +354,7 @@ void worker_machine::said(const finished& x) {
   phase_ = worker_phase::finished;
   step_ = x.step;
   finished_ = x;
-  if (is_welcome_) send(x);
+  decide_by(x);
 }
 
 void worker_machine::said(const feed_ready& x) {
@@ -308,11 +373,14 @@ void worker_machine::said(const peer_report& x) {
   if (!is_mine(x.job, x.generation)) return;
   peer_report& newest = peer_states_[x.peer];
   if (newest.what != "lost") newest = x;  // a link that closed does not come back in its generation
-  if (is_welcome_) send(x);
+  decide_by(x);
+  // Is it the deputy that is lost? Its host answers for the dead.
+  const bool is_decider = decider_ && !is_own_deputy() && value(decider_->worker) == x.peer;
+  if (is_decider && x.what == "lost") answer(*decider_, job_, refusal::none);
 }
 
 void worker_machine::said(const probed& x) {
-  if (is_welcome_) send(x);  // after a while away nobody waits for it
+  decide_by(x);  // or nobody: after a while away nobody waits for it
 }
 
 // ---- small ones ----
@@ -339,8 +407,23 @@ void worker_machine::tell(to_worker message) {
   out_.push_back(worker_actions::tell_trainer{std::move(message)});
 }
 
+/// The coordinator where its channel stands, else the deputy that this worker follows.
+void worker_machine::decide_by(const to_coordinator& message) {
+  if (is_welcome_) return send(message);
+  if (is_own_deputy()) {
+    own_reports_.push_back(message);
+  } else if (decider_) {
+    out_.push_back(worker_actions::send_peer{*decider_, deputy_report{identity_.process, message}});
+  }
+}
+
 /// After each welcome: all that a coordinator may have missed. It drops what it knows.
 void worker_machine::say_state_again() {
+  if (commit_ && !commit_->decided_by.empty()) {
+    // First, so that what follows is understood.
+    send(plan_report{job_, commit_->shape, commit_->source, commit_->step, commit_->chain,
+                     commit_->reason, commit_->decided_by, commit_->unix_ms});
+  }
   for (const progress& p : queued_progress_) send(p);
   queued_progress_.clear();
   queued_steps_ = 0;
@@ -364,6 +447,7 @@ hello worker_machine::greeting() const {
   h.phase = static_cast<int>(phase_);
   h.step = step_;
   h.promised = promised_;
+  h.promised_to = promised_to_;
   return h;
 }
 

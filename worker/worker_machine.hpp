@@ -2,7 +2,13 @@
 //
 // Pure: the shell (worker_actor) brings events and carries out actions in order. Training goes on
 // while the coordinator is away: what it must know is kept here (bounded) and said again after the
-// next welcome. A worker that answered prepare(n) takes no message of a smaller number.
+// next welcome. A worker that answered prepare(n) takes no message of a smaller number, and answers
+// no second decider of n.
+//
+// While the coordinator is away a member may stand in for it (worker/deputy_machine.hpp), this one
+// or another: a member that agreed takes its orders and reports to it, and keeps for the
+// coordinator what the coordinator must get on its return. When the control channel is up again the
+// coordinator decides. That side is in worker_deputy.cpp.
 //
 //   idle --prepare--> (trainer drops) --> prepared --commit--> loading --> ready --run--> running
 //   --> held, finished any --prepare--> ...      any --stop_stage--> idle      held --resume-->
@@ -18,6 +24,8 @@
 #include <vector>
 
 #include "coordinator/messages.hpp"
+#include "worker/deputy_machine.hpp"
+#include "worker/peer_messages.hpp"
 #include "worker/trainer_pulse.hpp"
 
 namespace stagecoach {
@@ -43,15 +51,34 @@ struct tick {
   std::int64_t now_ms = 0;
   std::uint64_t step = 0;
   trainer_pulse pulse{};
+  std::int64_t unix_ms = 0;
 };  // about every 100 ms
 struct stopping {
   std::string reason;
 };  // orderly end of this process
+struct peer_said {
+  process_id from;
+  peer_message message;
+};  // over the line between workers
+struct peer_unreachable {
+  process_id peer;
+  bool is_gone = false;  // known dead; else silent
+  std::string why;
+};  // what was sent to it last is lost
+struct stored {
+  std::variant<checkpoint_found, manifest_written, checkpoints_retired> answer;
+};
+struct tie_break_made {
+  std::uint64_t generation = 0;
+  bool is_ours = false;
+};
 }  // namespace worker_events
 
-using worker_event = std::variant<worker_events::connected, worker_events::disconnected,
-                                  worker_events::coordinator_said, worker_events::trainer_said,
-                                  worker_events::tick, worker_events::stopping>;
+using worker_event =
+    std::variant<worker_events::connected, worker_events::disconnected,
+                 worker_events::coordinator_said, worker_events::trainer_said, worker_events::tick,
+                 worker_events::stopping, worker_events::peer_said, worker_events::peer_unreachable,
+                 worker_events::stored, worker_events::tie_break_made>;
 
 namespace worker_actions {
 struct send {
@@ -68,16 +95,21 @@ struct give_up {
 };  // refused for good: end the process
 struct ask_alive {
   probe question;
-};  // over the peer line; answered by trainer_said{probed}
+};                                       // over the peer line; answered by trainer_said{probed}
+using send_peer = deputy_actions::send;  // over the line between workers
+using store = deputy_actions::store;     // as deputy; answered by stored
+using make_tie_break = deputy_actions::make_tie_break;
+using note = deputy_actions::note;  // a log line
 }  // namespace worker_actions
 
 using worker_action =
     std::variant<worker_actions::send, worker_actions::tell_trainer, worker_actions::reconnect,
-                 worker_actions::give_up, worker_actions::ask_alive>;
+                 worker_actions::give_up, worker_actions::ask_alive, worker_actions::send_peer,
+                 worker_actions::store, worker_actions::make_tie_break, worker_actions::note>;
 
 class worker_machine {
  public:
-  explicit worker_machine(worker_identity identity);
+  explicit worker_machine(worker_identity identity, deputy_rules rules = {});
   [[nodiscard]] std::vector<worker_action> step(const worker_event& e);
 
   worker_phase phase() const { return phase_; }
@@ -85,6 +117,7 @@ class worker_machine {
   std::uint64_t generation() const { return generation_; }
   std::uint64_t id() const { return id_; }  // 0 until the first welcome
   bool is_welcome() const { return is_welcome_; }
+  bool is_deputy() const { return deputy_.is_standing(); }
   std::uint64_t stale_messages() const {
     return stale_messages_;
   }  // dropped: older number or other job
@@ -94,6 +127,7 @@ class worker_machine {
 
   static constexpr std::size_t queued_steps_max = 100'000;  // 14 MB; at 0.5 s a step 14 hours away
   static constexpr std::size_t queued_parts_max = 64;       // a save or two per generation is usual
+  static constexpr std::size_t uncommitted_saves_max = 2;   // while nobody writes their manifests
   static constexpr std::size_t queued_others_max = 1'000;
 
  private:
@@ -103,6 +137,10 @@ class worker_machine {
   void on(const worker_events::trainer_said& e);
   void on(const worker_events::tick& e);
   void on(const worker_events::stopping& e);
+  void on(const worker_events::peer_said& e);
+  void on(const worker_events::peer_unreachable& e);
+  void on(const worker_events::stored& e);
+  void on(const worker_events::tie_break_made& e);
 
   void told(const welcome& x);
   void told(const refused& x);
@@ -137,9 +175,28 @@ class worker_machine {
 
   void watch_pulse(const worker_events::tick& e);
   void follow(std::uint64_t step);
+  beat pulse_now() const;
+  // A deputy: this one or the one that it follows.
+  void heard(const process_id& from, const canvass& x);
+  void heard(const process_id& from, const canvassed& x);
+  void heard(const process_id& from, const deputy_order& x);
+  void heard(const process_id& from, const deputy_report& x);
+  refusal consider(const canvass& x) const;
+  void answer(const plan_member& to, std::uint64_t job, refusal why);
+  void follow_deputy(const plan_member& who, bool is_standing);
+  void leave_deputy();
+  void advise_deputy(const deputy_event& e);
+  void serve_deputy();
+  void say_state_to_deputy();
+  deputy_facts facts() const;
+  bool is_own_deputy() const { return decider_ && decider_->process == identity_.process; }
+  int rank_of(const process_id& process) const;  // in the newest plan taken; -1: not in it
+
   void send(to_coordinator message);
-  void pass_on(to_coordinator message);  // now, or after the next welcome
+  void decide_by(const to_coordinator& message);  // to whoever decides now, the coordinator first
+  void pass_on(to_coordinator message);           // now, or after the next welcome
   void tell(to_worker message);
+  void say_hello();
   void say_state_again();
   void forget_job();
   hello greeting() const;
@@ -174,6 +231,21 @@ class worker_machine {
   std::vector<part_saved> parts_;  // until durable
   std::deque<to_coordinator> queued_others_;
   std::uint64_t stale_messages_ = 0, dropped_reports_ = 0;
+
+  std::optional<commit> commit_;  // newest that was taken, without what only its load needs
+  process_id promised_to_;        // who asked for promised_: a deputy; empty: the coordinator
+  process_id speaker_;            // of the order that is being taken
+  std::uint64_t said_promised_ = 0, said_generation_ = 0;  // in the last hello
+  checkpoint_durable durable_;                             // newest that it was told of
+  deputy_machine deputy_;
+  std::optional<plan_member> decider_;  // the deputy that it agreed to; may be this worker
+  bool does_decider_stand_ = false;
+  std::int64_t unix_ms_ = 0;
+  std::int64_t away_since_ms_ = 0;  // the coordinator, by own_ms_
+  std::int64_t free_since_ms_ = 0;  // and nobody stands in
+  std::int64_t decider_heard_ms_ = 0;
+  std::deque<to_worker> own_orders_;        // from the deputy here to this member
+  std::deque<to_coordinator> own_reports_;  // and back
   std::vector<worker_action> out_;
 };
 

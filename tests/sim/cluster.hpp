@@ -126,6 +126,25 @@ class cluster {
   void start_save(const coordinator_ptr& c);
   void write_rows(const std::vector<actions::row>& rows);
 
+  checkpoint_found find_on_disk(const actions::find_checkpoint& f);
+  manifest_written put_manifest(const actions::write_manifest& m, std::uint64_t incarnation);
+  checkpoints_retired retire_on_disk(const actions::retire_checkpoints& r);
+
+  // ---- deputies, the line between workers, cuts of the network ----
+  void send_peer(const process_ptr& p, const plan_member& to, const peer_message& message);
+  void serve(const process_ptr& p, const deputy_actions::store& s);
+  void make_tie_break(const process_ptr& p, const deputy_actions::make_tie_break& t);
+  void check_deputy(const process_ptr& p, const commit& c);
+  void check_one_run();
+  void cut_off();
+  /// A deputy decided for this job: the coordinator is no longer the only one whose word counts,
+  /// so what the oracle derives from its words alone does not hold until it has the job again.
+  bool is_shared(std::uint64_t job) const { return shared_.count(job) != 0; }
+  bool can_reach(const process_ptr& a, const process_ptr& b) const {
+    return island_.count(a->name) == island_.count(b->name);
+  }
+  bool can_reach_coordinator(const process_ptr& p) const { return island_.count(p->name) == 0; }
+
   // ---- oracle ----
   const truth& truth_of(std::uint64_t job);
   void check_row(const std::string& key, const std::string& value);
@@ -225,9 +244,15 @@ class cluster {
   std::map<std::uint64_t, truth> truths_;
   std::map<std::string, process_ptr> processes_;  // by name
   std::map<process_id, process_ptr> by_id_;
-  std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint64_t> plans_;  // (job, number): hash
-  std::map<std::tuple<std::uint64_t, std::uint64_t, int>, process_id>
-      seats_;  // (job, number, rank)
+  // (job, number, decider): hash. Both sides of a cut may use one number, each once: what one
+  // decided is never taken for the other's, since the hash goes with the number everywhere.
+  std::map<std::tuple<std::uint64_t, std::uint64_t, std::string>, std::uint64_t> plans_;
+  std::map<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, int>, process_id>
+      seats_;                                      // (job, number, hash, rank)
+  std::map<std::string, std::string> tie_breaks_;  // file: content
+  std::set<std::string> island_;                   // cut off from the others and the coordinator
+  std::map<std::pair<std::uint64_t, std::uint64_t>, std::set<int>> ready_;  // (job, hash): ranks
+  std::set<std::uint64_t> shared_;  // jobs for which a deputy decided
   std::map<std::uint64_t, std::uint64_t> completed_;
   std::map<std::uint64_t, plan> newest_plans_;             // by job, as sent
   std::set<std::pair<std::uint64_t, std::uint64_t>> ran_;  // (job, number)
@@ -254,7 +279,7 @@ class cluster {
   us quiet_since_ = 0;
   std::map<std::uint64_t, std::uint64_t> starts_;   // by job: commits so far
   std::map<std::uint64_t, std::uint64_t> applied_;  // by job: newest step that anyone applied
-  us faults_until_ = 0;
+  us faults_until_ = 0, ended_us_ = -1;
   bool are_faults_on_ = true;
   int worker_count_ = 0;
 };

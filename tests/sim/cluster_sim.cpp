@@ -26,6 +26,13 @@ void cluster::set_up(std::uint64_t seed) {
   rates_.coordinator_freeze = rate(0.05);
   rates_.disk_slow = rate(0.1);
   rates_.worker_action_crash = rate(0.002);
+  rates_.partition = rate(0.1);
+  rates_.long_absence = rate(1.0);
+  if (chance(0.2)) {  // a deputy's day: workers are lost while the coordinator is away
+    rates_.long_absence = 1;
+    rates_.coordinator_crash = std::max(rates_.coordinator_crash, 0.08);
+    rates_.kill = std::max(rates_.kill, 0.2);
+  }
   // Some histories have no faults: jobs compete for workers, and what was taken from one must have
   // been of use to another.
   const bool is_contest = chance(0.2);
@@ -107,8 +114,14 @@ outcome cluster::run() {
     now_ = next.time;
     next.what();
     if (!are_faults_on_ && !specs_.empty() && completed_.size() == specs_.size() &&
-        now_ > 8 * second)
+        now_ > 8 * second) {
+      if (result_.deputy_generations == 0) break;
+      // Whoever ran on another side of a cut hears of the end, too.
+      if (ended_us_ < 0 || !coordinator_ || coordinator_->is_frozen) ended_us_ = now_;
+      if (now_ - ended_us_ < 30 * second) continue;
+      check_one_run();
       break;
+    }
   }
   result_.generations = plans_.size();
   if (result_.safety.empty() && (completed_.size() != specs_.size() || specs_.empty())) {

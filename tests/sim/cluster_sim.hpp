@@ -20,6 +20,7 @@ struct outcome {
   std::uint64_t preemptions = 0;              // workers taken from one job for another
   std::uint64_t feeds = 0, fed_switches = 0;  // begun; and whole
   std::uint64_t covered_losses = 0;           // commits after a loss that copies must have covered
+  std::uint64_t deputies = 0, deputy_generations = 0, adoptions = 0, merges = 0;
 };
 
 /// Same seed, same history. is_loud prints every event to stdout.

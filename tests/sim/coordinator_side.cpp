@@ -43,7 +43,8 @@ void cluster::crash(const coordinator_ptr& c, const char* why) {
   }
   if (coordinator_ != c) return;
   coordinator_ = nullptr;
-  in(delay(100 * ms, 5 * second), [this] {
+  const bool is_long = chance(rates_.long_absence);
+  in(is_long ? delay(5 * second, 40 * second) : delay(100 * ms, 5 * second), [this] {
     if (!coordinator_) start_coordinator();
   });
 }
@@ -52,7 +53,7 @@ void cluster::crash(const coordinator_ptr& c, const char* why) {
 void cluster::freeze_coordinator() {
   const coordinator_ptr c = coordinator_;
   const us for_us = delay(200 * ms, 25 * second);
-  const us idle = 10 * second;  // after which a worker gives the silent channel up
+  const us idle = delay(2 * second, 3 * second);  // no pong: a worker gives the channel up
   say("coordinator {} freezes for {} ms", c->incarnation, for_us / ms);
   c->is_frozen = true;
   disturb(for_us + 30 * second);
@@ -153,16 +154,7 @@ void cluster::carry_out(const coordinator_ptr& c, action& a) {
     const auto found = connections_.find(static_cast<std::uint64_t>(k->connection));
     if (found != connections_.end()) cut(found->second, delay(ms, 10 * ms), delay(0, ms));
   } else if (auto* f = std::get_if<actions::find_checkpoint>(&a)) {
-    checkpoint_found answer{f->job, f->request, std::nullopt, {}};
-    for (const auto& [step, m] : manifests_[value(f->job)]) {
-      if (step > f->step_max) continue;
-      if (is_good(value(f->job), m)) {
-        answer.newest = m.facts;
-      } else {
-        answer.notes.push_back(fmt::format("step {} is damaged", step));
-      }
-    }
-    later(write_time(300 * ms), answer);
+    later(write_time(300 * ms), find_on_disk(*f));
   } else if (auto* m = std::get_if<actions::write_manifest>(&a)) {
     if (are_faults_on_ && chance(rates_.disk_full)) {
       return later(delay(ms, 50 * ms), manifest_written{m->job, m->step, false, "disk full"});
@@ -171,26 +163,10 @@ void cluster::carry_out(const coordinator_ptr& c, action& a) {
     // The write and its answer are apart: the coordinator may die in between.
     in(write_time(30 * ms), [this, c, m = *m, later] {
       if (!c->is_alive && chance(0.5)) return;
-      ++result_.saves;
-      written_[value(m.job)].insert(m.step);
-      manifests_[value(m.job)][m.step] = {
-          {m.step, m.seq, m.chain, m.loss, m.weights_hash, m.parts}};
-      later(delay(ms, 30 * ms), manifest_written{m.job, m.step, true, ""});
+      later(delay(ms, 30 * ms), put_manifest(m, c->incarnation));
     });
   } else if (auto* r = std::get_if<actions::retire_checkpoints>(&a)) {
-    auto& have = manifests_[value(r->job)];
-    checkpoints_retired answer{r->job, {}};
-    // As the real one: the newest that verifies stays, however old.
-    std::uint64_t newest_good = 0;
-    for (const auto& [step, m] : have) {
-      if (is_good(value(r->job), m)) newest_good = step;
-    }
-    int too_many = static_cast<int>(have.size()) - r->keep_last;
-    for (auto m = have.begin(); m != have.end() && too_many > 0; --too_many) {
-      if (m->first == newest_good) break;
-      answer.steps.push_back(m->first);
-      m = have.erase(m);
-    }
+    const checkpoints_retired answer = retire_on_disk(*r);
     if (!answer.steps.empty()) later(delay(ms, 20 * ms), answer);
   } else if (auto* n = std::get_if<actions::note>(&a)) {
     check_stuck(n->record);
@@ -202,8 +178,65 @@ void cluster::carry_out(const coordinator_ptr& c, action& a) {
     if (e.kind == "feed_started") ++result_.feeds;
     if (e.kind == "feed_done") ++result_.fed_switches;
     if (e.kind == "worker_lost") ++result_.lost_workers;
+    if (e.kind == "deputy_decided") ++result_.adoptions;
+    if (e.kind == "generations_merged") ++result_.merges;
     check_preemption(e);
   }
+}
+
+// ---- the checkpoint folder, which deputies share ----
+/// The newest by (incarnation, seq), as the real store orders them.
+checkpoint_found cluster::find_on_disk(const actions::find_checkpoint& f) {
+  checkpoint_found answer{f.job, f.request, std::nullopt, {}};
+  std::pair<std::uint64_t, std::uint64_t> newest;
+  for (const auto& [step, m] : manifests_[value(f.job)]) {
+    if (step > f.step_max) continue;
+    if (!is_good(value(f.job), m)) {
+      answer.notes.push_back(fmt::format("step {} is damaged", step));
+    } else if (std::pair order(m.incarnation, m.facts.seq); !answer.newest || order > newest) {
+      answer.newest = m.facts;
+      newest = order;
+    }
+  }
+  return answer;
+}
+
+/// A name (seq, step) is used once, for one content.
+manifest_written cluster::put_manifest(const actions::write_manifest& m,
+                                       std::uint64_t incarnation) {
+  const auto files = [](const std::vector<part_record>& parts) {
+    std::set<std::string> names;
+    for (const part_record& p : parts) names.insert(p.file);
+    return names;
+  };
+  written_[value(m.job)].insert(m.step);
+  auto& have = manifests_[value(m.job)];
+  const auto there = have.find(m.step);
+  if (there != have.end() && there->second.facts.seq == m.seq) {
+    const bool is_same = files(there->second.facts.parts) == files(m.parts);
+    return {m.job, m.step, is_same, is_same ? "" : "another manifest has the name"};
+  }
+  ++result_.saves;
+  have[m.step] = {{m.step, m.seq, m.chain, m.loss, m.weights_hash, m.parts, m.generation},
+                  incarnation};
+  return {m.job, m.step, true, ""};
+}
+
+checkpoints_retired cluster::retire_on_disk(const actions::retire_checkpoints& r) {
+  auto& have = manifests_[value(r.job)];
+  checkpoints_retired answer{r.job, {}};
+  // As the real one: the newest that verifies stays, however old.
+  std::uint64_t newest_good = 0;
+  for (const auto& [step, m] : have) {
+    if (is_good(value(r.job), m)) newest_good = step;
+  }
+  int too_many = static_cast<int>(have.size()) - r.keep_last;
+  for (auto m = have.begin(); m != have.end() && too_many > 0; --too_many) {
+    if (m->first == newest_good) break;
+    answer.steps.push_back(m->first);
+    m = have.erase(m);
+  }
+  return answer;
 }
 
 }  // namespace stagecoach::sim

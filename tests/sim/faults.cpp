@@ -88,6 +88,7 @@ void cluster::faults() {
       report_link(other, p->trainer.rank, "lost", delay(ms, 20 * ms));
     }
   }
+  if (island_.empty() && chance(rates_.partition * period)) cut_off();
   if (coordinator_ && chance(rates_.coordinator_crash * period)) crash(coordinator_, "killed");
   if (coordinator_ && !coordinator_->is_frozen && chance(rates_.coordinator_freeze * period))
     freeze_coordinator();

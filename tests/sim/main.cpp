@@ -73,6 +73,10 @@ int main(int argc, char** argv) {
     sum.preemptions += x.preemptions;
     sum.feeds += x.feeds;
     sum.fed_switches += x.fed_switches;
+    sum.deputies += x.deputies;
+    sum.deputy_generations += x.deputy_generations;
+    sum.adoptions += x.adoptions;
+    sum.merges += x.merges;
     if (x.safety.empty() && x.liveness.empty()) continue;
     ++bad;
     if (!x.safety.empty()) fmt::print("seed {}: safety: {}\n", s, x.safety);
@@ -83,11 +87,13 @@ int main(int argc, char** argv) {
   fmt::print(
       "{} seeds from {}: {} events, {} steps, {} generations, {} lost workers, {} coordinator "
       "crashes, {} live loads, {} roll-forwards, {} loads from checkpoints, {} losses with copies, "
-      "{} feeds, {} done, "
-      "{} saves, {} hangs, {} preemptions; {} bad; "
+      "{} feeds, {} done, {} saves, {} hangs, {} preemptions, {} deputies, {} generations of "
+      "theirs, {} adopted, {} "
+      "merged; {} bad; "
       "{:.1f} s\n",
       done, seed, sum.events, sum.steps, sum.generations, sum.lost_workers, sum.coordinator_crashes,
       sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.covered_losses, sum.feeds,
-      sum.fed_switches, sum.saves, sum.hangs, sum.preemptions, bad, took.count());
+      sum.fed_switches, sum.saves, sum.hangs, sum.preemptions, sum.deputies, sum.deputy_generations,
+      sum.adoptions, sum.merges, bad, took.count());
   return bad == 0 ? 0 : 1;
 }

@@ -11,7 +11,7 @@ void cluster::dial(const process_ptr& p) {
     // One that woke beside its successor still listens somewhere.
     const bool finds_former = former_ && former_->is_alive && chance(0.5);
     const coordinator_ptr whom = finds_former ? former_ : coordinator_;
-    if (!whom || whom->is_frozen) return dial(p);
+    if (!whom || whom->is_frozen || !can_reach_coordinator(p)) return dial(p);
     auto c = std::make_shared<connection>();
     c->id = static_cast<connection_id>(next_connection_++);
     c->who = p;

@@ -92,7 +92,7 @@ void cluster::check_record(const job_record& record) {
     const auto step = newest_held(job, held);
     const auto& durable = durable_[job];
     const std::uint64_t saved = durable.empty() ? 0 : *durable.rbegin();
-    if (held.size() == newest.members.size() && step && *step > saved)
+    if (held.size() == newest.members.size() && step && *step > saved && !is_shared(job))
       violate("job {} is paused at step {}, durable is step {}", job, *step, saved);
   }
   if (record.state != job_state::running) committed_.erase(job);
@@ -203,6 +203,7 @@ void cluster::check_decided(const coordinator_ptr& by, const commit& c) {
               c.step, step);
     }
   }
+  if (is_shared(job)) return;  // what its members hold was decided by others, too
   // Nor below what those hold who answered, or who were there all the time and were not heard.
   std::vector<prepared> held;
   bool is_silent = false;
@@ -239,7 +240,7 @@ void cluster::check_commit(const coordinator_ptr& by, const commit& c) {
   const std::uint64_t job = value(c.shape.job), number = c.shape.generation;
   if (by->is_fenced) return violate("a coordinator that has a successor commits");
   const std::uint64_t hash = plan_hash(c.shape);
-  if (plans_.emplace(std::pair(job, number), hash).first->second != hash)
+  if (plans_.emplace(std::tuple(job, number, std::string()), hash).first->second != hash)
     violate("two plans have number {} of job {}", number, job);
   asked& a = asked_[{job, number}];
   if (a.is_committed) return;
@@ -250,8 +251,9 @@ void cluster::check_commit(const coordinator_ptr& by, const commit& c) {
   if (!saved || !(saved->shape == c.shape))
     violate("commit {} is not the plan that was saved", number);
 
-  check_nothing_lost(c);
+  if (!is_shared(job)) check_nothing_lost(c);
   check_size(c);
+  shared_.erase(job);  // its members are the coordinator's again
   newest_plans_[job] = c.shape;
   a.is_committed = true;
   std::erase_if(seat_, [job](const auto& seat) { return seat.second == job; });
@@ -320,7 +322,7 @@ std::optional<std::uint64_t> cluster::newest_kept(std::uint64_t job, const proce
 void cluster::check_drop(const process_ptr& p, const char* why) {
   const toy_trainer& t = p->trainer;
   const std::uint64_t job = value(t.shape.job);
-  if (!t.has_state || states_[job] != job_state::running) return;
+  if (!t.has_state || states_[job] != job_state::running || is_shared(job)) return;
   const auto& members = committed_[job].members;
   const bool is_member = std::find(members.begin(), members.end(), p->id) != members.end();
   if (!is_member || was_hung(p)) return;  // the commit that left it out was judged already

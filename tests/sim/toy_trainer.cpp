@@ -43,7 +43,8 @@ void cluster::to_trainer(const process_ptr& p, const to_worker& message) {
     if (t.copying && t.copying->order.request == e->request) close_feed(p);
   } else if (const auto* s = std::get_if<stop_stage>(&message)) {
     if (t.copying && t.copying->order.job == s->job) close_feed(p);
-    if (value(t.shape.job) != s->job) return;
+    const bool is_loading = t.now == toy_trainer::doing::loading;  // shape: of the plan before
+    if (value((is_loading ? t.order.shape : t.shape).job) != s->job) return;
     check_drop(p, s->reason.c_str());
     close_links(p);
     const std::uint64_t epoch = t.epoch + 1;
@@ -89,7 +90,9 @@ void cluster::load(const process_ptr& p, const commit& c) {
     if (c.shape.members[i].process == p->id) rank = static_cast<int>(i);
   }
   if (rank < 0) return violate("{} got a plan in which it has no place", p->name);
-  const auto [seat, is_new] = seats_.emplace(std::tuple(job, number, rank), p->id);
+  if (!c.decided_by.empty()) check_deputy(p, c);
+  const auto [seat, is_new] =
+      seats_.emplace(std::tuple(job, number, plan_hash(c.shape), rank), p->id);
   if (!is_new && seat->second != p->id)
     violate("two workers hold rank {} of generation {}", rank, number);
 
@@ -207,7 +210,7 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
   t.orders.clear();
   close_feed(p);
   t.now = toy_trainer::doing::ready;
-  asked_[{job, c.shape.generation}].ready.insert(t.rank);
+  ready_[{job, t.hash}].insert(t.rank);
   emit(p, ready{job, c.shape.generation, t.hash, c.step,
                 is_sharded(c.spec, replicas) ? "" : hash_of(counted)});
 }
@@ -216,7 +219,7 @@ void cluster::run_trainer(const process_ptr& p) {
   toy_trainer& t = p->trainer;
   t.now = toy_trainer::doing::running;
   ran_.emplace(value(t.shape.job), t.shape.generation);
-  const std::set<int>& ready = asked_[{value(t.shape.job), t.shape.generation}].ready;
+  const std::set<int>& ready = ready_[{value(t.shape.job), t.hash}];
   if (ready.size() != t.shape.members.size()) {
     violate("{} runs in generation {} when {} of {} members are ready", p->name, t.shape.generation,
             ready.size(), t.shape.members.size());
@@ -381,7 +384,8 @@ void cluster::save_part(const process_ptr& p, bool is_final) {
   x.part.tensors = mine;
   x.part.host = p->name;
   x.part.folder = "folder";
-  x.part.file = fmt::format("g{}-s{}-r{}", x.generation, x.step, t.rank);
+  // With the plan: both sides of a cut may use one number.
+  x.part.file = fmt::format("g{}-s{}-r{}-p{:x}", x.generation, x.step, t.rank, t.hash);
   values weights;
   for (const std::string& name : mine) weights[name] = t.weights.at(name);
   x.part.weights_hash = hash_of(weights);

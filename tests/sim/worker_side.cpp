@@ -25,7 +25,7 @@ void cluster::start_process(const std::string& name) {
   every(delay(0, 100 * ms), 100 * ms, [this, p] {
     if (!p->is_alive) return false;
     const std::uint64_t step = p->trainer.has_state ? p->trainer.step : 0;
-    if (!p->is_frozen) step_worker(p, worker_events::tick{now_ / ms, step, pulse_of(p)});
+    if (!p->is_frozen) step_worker(p, worker_events::tick{now_ / ms, step, pulse_of(p), now_ / ms});
     return true;
   });
 }
@@ -68,6 +68,17 @@ void cluster::step_worker(const process_ptr& p, const worker_event& e) {
       kill(p);
     } else if (const auto* q = std::get_if<worker_actions::ask_alive>(&a)) {
       ask_alive(p, q->question);
+    } else if (const auto* m = std::get_if<worker_actions::send_peer>(&a)) {
+      send_peer(p, m->to, m->message);
+    } else if (const auto* x = std::get_if<worker_actions::store>(&a)) {
+      serve(p, *x);
+    } else if (const auto* b = std::get_if<worker_actions::make_tie_break>(&a)) {
+      make_tie_break(p, *b);
+    } else if (const auto* n = std::get_if<worker_actions::note>(&a)) {
+      const event_record& r = n->record;
+      say("   [{}] {} as deputy: {}: {}", value(r.job), p->name, r.kind, r.text);
+      if (r.kind == "divergence") violate("divergence: {}", r.text);
+      if (r.kind == "deputy_stands") ++result_.deputies;
     }
   }
 }
@@ -82,7 +93,8 @@ void cluster::ask_alive(const process_ptr& p, const probe& question) {
   };
   if (found == by_id_.end()) return violate("{} is to ask after a stranger", p->name);
   const process_ptr other = found->second;
-  in(travel(), [this, other, answer] {
+  in(travel(), [this, p, other, answer] {
+    if (!can_reach(p, other)) return answer(300 * ms, "silent");
     if (!other->is_alive) return answer(travel(), other->has_lost_host ? "silent" : "gone");
     answer(other->is_frozen ? 300 * ms : travel(), other->is_frozen ? "silent" : "alive");
   });
@@ -104,8 +116,9 @@ bool cluster::share_links(const process_ptr& a, const process_ptr& b) {
   if (!a || !b || !a->is_alive || !b->is_alive) return false;
   const toy_trainer& x = a->trainer;
   const toy_trainer& y = b->trainer;
-  return x.are_links_open && y.are_links_open && x.hash == y.hash && x.shape.job == y.shape.job &&
-         x.lost_peers.count(y.rank) == 0 && y.lost_peers.count(x.rank) == 0;
+  return can_reach(a, b) && x.are_links_open && y.are_links_open && x.hash == y.hash &&
+         x.shape.job == y.shape.job && x.lost_peers.count(y.rank) == 0 &&
+         y.lost_peers.count(x.rank) == 0;
 }
 
 void cluster::report_link(const process_ptr& p, int peer, const char* what, us after) {

@@ -45,6 +45,8 @@ struct rates {
          coordinator_freeze = 0, corrupt = 0, drain = 0, pause = 0, priority = 0;
   // Share of the messages, writes, actions.
   double slow = 0, disk_full = 0, disk_slow = 0, action_crash = 0, worker_action_crash = 0;
+  double partition = 0;     // per second
+  double long_absence = 0;  // share of the coordinator's crashes
 };
 
 struct disk_part {
@@ -54,6 +56,7 @@ struct disk_part {
 };
 struct disk_manifest {
   checkpoint_facts facts;
+  std::uint64_t incarnation = 0;
 };
 
 struct process;
@@ -143,6 +146,7 @@ struct process {
   bool is_dialling = false;
   std::vector<std::function<void()>> deferred;
   us last_emit = 0, last_command = 0;
+  std::map<process_id, us> last_to;  // by peer: its line keeps the order
   int step_ms = 50;
   // The oracle's.
   std::uint64_t obeys = 0;                                 // newest incarnation that welcomed it
@@ -159,7 +163,6 @@ struct asked {
   us since = 0;
   bool is_committed = false;
   std::map<process_id, prepared> answers;
-  std::set<int> ready;  // ranks that ever became ready for this number
 };
 /// And of the newest commit of a job.
 struct committed {
