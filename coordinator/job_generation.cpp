@@ -361,10 +361,8 @@ void job_machine::commit_generation(const choice& c) {
   }
   for (const worker_id worker : workers()) {
     const member& m = members_.at(worker);
-    if (m.rank >= 0) continue;
-    const std::string why = m.is_draining ? "drained"
-                            : m.answer    ? "the plan does not need it"
-                                          : "did not answer prepare";
+    if (m.rank >= 0 || (m.answer && m.answer->has_state)) continue;
+    const char* why = m.answer ? "the plan does not need it" : "did not answer prepare";
     send(worker, stop_stage{value(id()), why});
     release(worker, why, !m.answer);
   }
@@ -446,6 +444,14 @@ void job_machine::consider_running() {
                     generation_->step, whole, expected));
   }
   for (const member* m : ranks) send(m->facts.id, run_stage{value(id()), number_});
+  // Only now: until the new members stood, who leaves may have been the last to hold a state.
+  for (const worker_id worker : workers()) {
+    const member& m = members_.at(worker);
+    if (m.rank >= 0) continue;
+    const char* why = m.is_draining ? "drained" : "the plan does not need it";
+    send(worker, stop_stage{value(id()), why});
+    release(worker, why);
+  }
   enter(phase::running);
   if (running_since_ms_ < 0) running_since_ms_ = now_ms_;
   is_shrunk_ = false;

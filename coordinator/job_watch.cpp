@@ -31,7 +31,8 @@ void job_machine::watch_members() {
   if (!lost.empty()) return lose(lost);
   if (!is_committed()) return;
   if (const std::string fault = reason_link_fault(); !fault.empty()) return fail_generation(fault);
-  if (phase_ == phase::running) watch_progress();
+  // In a hold too: who is to stop after its step may stand in the middle of it.
+  if (phase_ == phase::running || phase_ == phase::holding) watch_progress();
 }
 
 // ---- asking ----

@@ -1,4 +1,6 @@
 // Jobs that compete: priorities that change, and what must hold of taking workers away.
+#include <algorithm>
+
 #include "coordinator/wire.hpp"
 #include "model/plan.hpp"
 #include "tests/sim/cluster.hpp"
@@ -24,6 +26,10 @@ void cluster::check_preemption(const event_record& e) {
   // A last step, a checkpoint, a generation; a step takes up to 150 ms and a message 20 ms.
   in(10 * second, [this, job, is_quiet, before = starts_[job], disturbances = disturbances_] {
     if (!is_quiet || disturbances != disturbances_ || starts_[job] != before) return;
+    // A trainer that hung shortly before is found out only now, and is of no use to the new gang.
+    const bool is_one_hung = std::any_of(processes_.begin(), processes_.end(),
+                                         [this](const auto& p) { return was_hung(p.second); });
+    if (is_one_hung) return;
     if (rates_.disk_full > 0 || rates_.disk_slow > 0 || rates_.slow > 0 ||
         completed_.count(job) != 0)
       return;

@@ -167,7 +167,9 @@ void cluster::check_sent(const std::shared_ptr<connection>& c, const to_worker& 
     if (a.is_committed)
       violate("number {} of job {} is prepared after its commit", x->number, x->job);
     a.incarnation = c->whom->incarnation;
-    if (const auto seat = seat_.find(to); seat != seat_.end() && seat->second != x->job)
+    // Where it knows of no job itself, the word that it is free was its own.
+    if (const auto seat = seat_.find(to);
+        seat != seat_.end() && seat->second != x->job && c->who->machine->job() == seat->second)
       violate("{} is asked for job {} while it has a place in job {}", c->who->name, x->job,
               seat->second);
   } else if (const auto* k = std::get_if<commit>(&message)) {
