@@ -48,6 +48,8 @@ def group_vote():
         if injected is None:
             injected = 4
         view, found, drained = flipped(f"audit{i}", path, workers, injected, fault)
+        # A flip in the step of a save is in that checkpoint too, which is then refused; that names nobody.
+        found = [f for f in found if f[1]]
         same(view, steps, words)
         name = f"w{injected}"
         check(found and name in found[-1][1].split(", "), f"{words}: named {found}")
