@@ -353,7 +353,9 @@ def group_deputy():
         cluster.start_coordinator()
         view = cluster.wait(job, lambda v: v["state"] in ("RUNNING", "CHECKPOINTING", "COMPLETED") and
                             v["generation"] > generation, 30, "a generation that is newer")
-        notes = events(cluster, job, "deputy_decided")
+        until = time.time() + 5  # a view shows what is decided, an event what is stored
+        while not (notes := events(cluster, job, "deputy_decided")) and time.time() < until:
+            time.sleep(0.05)
         check(len(notes) == 1 and notes[0]["fields"]["decided_by"] and notes[0]["fields"]["reason"],
               f"{words}: generation {view['generation']} is adopted: {[n['text'] for n in notes]}")
 

@@ -107,6 +107,7 @@ void worker_machine::told(const welcome& x) {
   is_welcome_ = true;
   // A deputy went on between the greeting and this answer to it.
   if (promised_ != said_promised_ || generation_ != said_generation_) say_hello();
+  say_plan();
   say_state_again();
 }
 
@@ -417,13 +418,15 @@ void worker_machine::decide_by(const to_coordinator& message) {
   }
 }
 
+/// First after each welcome, so that what follows is understood.
+void worker_machine::say_plan() {
+  if (!commit_ || commit_->decided_by.empty()) return;
+  send(plan_report{job_, commit_->shape, commit_->source, commit_->step, commit_->chain,
+                   commit_->reason, commit_->decided_by, commit_->unix_ms});
+}
+
 /// After each welcome: all that a coordinator may have missed. It drops what it knows.
 void worker_machine::say_state_again() {
-  if (commit_ && !commit_->decided_by.empty()) {
-    // First, so that what follows is understood.
-    send(plan_report{job_, commit_->shape, commit_->source, commit_->step, commit_->chain,
-                     commit_->reason, commit_->decided_by, commit_->unix_ms});
-  }
   for (const progress& p : queued_progress_) send(p);
   queued_progress_.clear();
   queued_steps_ = 0;

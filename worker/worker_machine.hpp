@@ -197,6 +197,7 @@ class worker_machine {
   void pass_on(to_coordinator message);           // now, or after the next welcome
   void tell(to_worker message);
   void say_hello();
+  void say_plan();
   void say_state_again();
   void forget_job();
   hello greeting() const;
