@@ -3,6 +3,8 @@
 
 #include <charconv>
 #include <chrono>
+#include <csignal>
+#include <cstdio>
 #include <string>
 #include <string_view>
 
@@ -21,6 +23,14 @@ constexpr const char* help =
     "last\n"
     "  --go-on     do not stop at the first history that fails\n"
     "Exits 0 if every history was safe and live, 1 if not, 2 on bad usage. docs/simulation.md\n";
+
+std::uint64_t running_seed = 0;  // for the handler alone
+
+/// An invariant of a machine stops the process; the seed must still be in the failure.
+extern "C" void name_the_seed(int) {
+  fmt::print("seed {}: safety: an invariant of a machine is broken\n", running_seed);
+  std::fflush(stdout);
+}
 
 /// False: not a whole number.
 bool read_number(std::string_view text, std::uint64_t& number) {
@@ -53,10 +63,12 @@ int main(int argc, char** argv) {
   }
   if (count == 0) count = has_seed ? 1 : 300;
 
+  std::signal(SIGABRT, name_the_seed);
   const auto began = std::chrono::steady_clock::now();
   stagecoach::sim::outcome sum;
   std::uint64_t bad = 0, done = 0;
   for (std::uint64_t s = seed; s - seed < count; ++s) {
+    running_seed = s;
     const auto x = stagecoach::sim::run_cluster(s, is_traced);
     ++done;
     sum.events += x.events;
