@@ -17,6 +17,13 @@
 namespace stagecoach {
 
 namespace {
+// The parser quotes the character that it does not know, which may be none that a terminal shows.
+std::string printable(std::string text) {
+  for (char& c : text) {
+    if (static_cast<unsigned char>(c) < 0x20) c = '?';
+  }
+  return text;
+}
 
 // A real job file has 60 nodes, one with a list of ten thousand data files 50,000.
 constexpr int node_count_max = 200'000;
@@ -287,7 +294,7 @@ yaml_node read_yaml_tree(std::string_view text, int source, std::vector<yaml_pro
         {{source, std::max(e.mark.line, 0), std::max(e.mark.column, 0)},
          "E001",
          {},
-         fmt::format("not YAML: {}", e.msg),
+         fmt::format("not YAML: {}", printable(e.msg)),
          "check the colon, quotes, brackets and indentation here and in the line above"});
   } catch (const std::exception& e) {
     problems.push_back({{source, 0, 0}, "E001", {}, fmt::format("not YAML: {}", e.what()), ""});
