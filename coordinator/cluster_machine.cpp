@@ -236,6 +236,16 @@ void cluster_machine::on(const events::worker_said& e) {
     out_.push_back(actions::log{job_id{}, id, *line});
     return;
   }
+  if (const auto* made = std::get_if<progress>(&e.message);
+      made != nullptr && !made->steps.empty()) {
+    // The first words of one that thaws: it need not wait for its beat to be asked again.
+    beat sign;
+    sign.job = job;
+    sign.generation = made->generation;
+    sign.step = made->steps.back().step;
+    sign.phase = static_cast<int>(worker_phase::running);
+    (void)readmit(*w, sign);
+  }
   const bool is_part = std::holds_alternative<part_saved>(e.message) ||
                        (w->job == job_id{} && std::holds_alternative<probed>(e.message));
   const bool is_known = jobs_.count(static_cast<job_id>(job)) != 0;

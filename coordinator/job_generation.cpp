@@ -184,7 +184,23 @@ void job_machine::decide(const std::vector<member*>& answered) {
   // What is durable but damaged is no reason to give up a live state that is older.
   const std::uint64_t step_min =
       has_looked_ ? (found_ ? found_->step : 0) : newest_saved().value_or(0);
-  if (auto live = choose_live(record_.spec, *shape, candidates, step_min)) {
+  auto live = choose_live(record_.spec, *shape, candidates, step_min);
+  // The best layout may have fewer seats than it takes holders; any that goes on is better than
+  // going back, and a better one may follow while it runs.
+  for (int stages = 1; !live && stages <= count; ++stages) {
+    job_spec wide = record_.spec;
+    wide.parallelism.is_explicit = true;
+    wide.parallelism.layers.clear();
+    wide.parallelism.stages = stages;
+    wide.parallelism.replicas =
+        static_cast<int>(std::min<std::int64_t>(count / stages, wide.batch.leaf_count));
+    if (stages * wide.parallelism.replicas <= shape->worker_count()) continue;
+    const result<layout> other = choose_layout(wide, stages * wide.parallelism.replicas);
+    if (!other) continue;
+    live = choose_live(record_.spec, *other, candidates, step_min);
+    if (live) c.shape = *other;
+  }
+  if (live) {
     if (is_held_back(live->step)) return;
     c.by_rank = seat(live->by_rank);
     c.source = source_kind::live;

@@ -97,6 +97,7 @@ void job_machine::on(const job_events::worker_connected& e) {
   m.hash = h.plan_hash;
   m.is_report_due = is_claimed_by(h);
   m.is_connected = true;
+  m.pulse.reset();  // of before: it may have moved on since, unheard
   m.heard_ms = now_ms_;
   m.phase = static_cast<worker_phase>(h.phase);
   m.step = h.step;
@@ -394,7 +395,10 @@ void job_machine::said(member& m, const progress& x) {
     if (is_retold || s.step == told_ + 1) told_ = std::max(told_, s.step);
     if (s.step > newest_report_.step) newest_report_ = s;
     if (x.generation == number_ && !is_retold) step_us_.push_back(s.step_us);
-    if (x.generation == number_) reported_step_ = std::max(reported_step_, s.step);
+    // Also while the next generation is prepared: it must not start below this one's late reports.
+    const bool is_newest =
+        x.generation == number_ || (x.generation == number_of_plan() && x.plan_hash == plan_hash_);
+    if (is_newest) reported_step_ = std::max(reported_step_, s.step);
   }
   while (step_us_.size() > step_us_count_max) step_us_.pop_front();
   if (is_of_this && !x.steps.empty() && x.steps.back().step > generation_->step) {
