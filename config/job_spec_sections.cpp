@@ -333,6 +333,7 @@ void spec_reader::read_elasticity(section& top) {
       e.max_failures = static_cast<int>(*count);
   }
   read_small(s, "copies", e.copies, 0, 2);
+  if (const auto patrol = read_bool(s, "patrol")) e.patrol = *patrol;
   finish(s);
 }
 

@@ -109,6 +109,7 @@ std::string write_job_spec_yaml(const job_spec& s) {
   line("  wait_for_min: {}", format_duration_ms(s.elasticity.wait_for_min_ms));
   line("  max_failures: {} per 1h", s.elasticity.max_failures);
   line("  copies: {}", s.elasticity.copies);
+  line("  patrol: {}", s.elasticity.patrol);
   line("checkpoint:");
   std::vector<std::string> every;
   if (s.checkpoint.every_steps > 0)

@@ -48,8 +48,8 @@ bool is_same_save(const manifest& a, const manifest& b) {
                     });
 }
 
-bool is_one_of(const std::vector<std::uint64_t>& seqs, std::uint64_t seq) {
-  return std::find(seqs.begin(), seqs.end(), seq) != seqs.end();
+bool is_one_of(const std::vector<std::uint64_t>& list, std::uint64_t one) {
+  return std::find(list.begin(), list.end(), one) != list.end();
 }
 
 std::vector<fs::path> folders_of(const job_place& job) {
@@ -228,8 +228,9 @@ checkpoints_retired checkpoint_keeper::retire(const job_place& job,
   for (const auto& entry : *entries) {
     const bool is_usable =
         entry.state != checkpoint_state::bad && !is_one_of(wanted.bad_saves, entry.content.seq);
-    items.push_back(
-        {entry.content.step, entry.content.incarnation, entry.content.seq, is_usable, false});
+    items.push_back({entry.content.step, entry.content.incarnation, entry.content.seq, is_usable,
+                     is_usable && is_one_of(wanted.kept_steps,
+                                            static_cast<std::uint64_t>(entry.content.step))});
     if (is_usable) newest_generation = std::max(newest_generation, entry.content.generation);
   }
   std::set<std::pair<std::uint64_t, std::uint64_t>> gone;

@@ -62,7 +62,10 @@ std::vector<action> cluster_machine::start() {
 
 std::vector<action> cluster_machine::step(const event& e) {
   std::visit([this](const auto& x) { on(x); }, e);
-  if (is_place_due_ && has_ticked_) place();
+  if (is_place_due_ && has_ticked_) {
+    place();
+    consider_patrol();
+  }
   return std::exchange(out_, {});
 }
 
@@ -236,6 +239,7 @@ void cluster_machine::on(const events::worker_said& e) {
     out_.push_back(actions::log{job_id{}, id, *line});
     return;
   }
+  if (const auto* found = std::get_if<audited>(&e.message)) return take_audited(*w, *found);
   if (const auto* made = std::get_if<progress>(&e.message);
       made != nullptr && !made->steps.empty()) {
     // The first words of one that thaws: it need not wait for its beat to be asked again.
@@ -427,7 +431,14 @@ void cluster_machine::take(std::vector<action> from) {
       out->connection = w->second.connection;
     } else if (const auto* back = std::get_if<actions::release>(&a)) {
       is_place_due_ = true;
-      if (const auto w = workers_.find(back->worker); w != workers_.end()) {
+      const auto w = workers_.find(back->worker);
+      if (w != workers_.end() && !back->is_member) {
+        distrust(w->second, back->reason);
+        const job_id other =
+            w->second.job;  // it has gone on to another job: that one moves its stage
+        if (other != job_id{})
+          tell(other, job_events::worker_draining{back->worker, true, back->reason});
+      } else if (w != workers_.end()) {
         w->second.job = job_id{};
         w->second.is_lost = back->is_lost;
         w->second.reason = back->reason;

@@ -81,6 +81,11 @@ struct set_priority {
   int priority = 0;
   reply_id reply{};
 };
+struct audit_gathered {
+  worker_id worker{};
+  audit message;
+  std::string problem;  // not empty: it can't be done
+};
 }  // namespace events
 
 /// How jobs share workers. Milliseconds.
@@ -92,11 +97,11 @@ struct fairness {
   std::int64_t age_step = 600'000;
 };
 
-using event =
-    std::variant<events::worker_attached, events::worker_detached, events::worker_said,
-                 events::tick, events::submit_job, events::cancel_job, events::pause_job,
-                 events::resume_job, events::save_now, events::drain_worker, events::undrain_worker,
-                 events::set_priority, checkpoint_found, manifest_written, checkpoints_retired>;
+using event = std::variant<events::worker_attached, events::worker_detached, events::worker_said,
+                           events::tick, events::submit_job, events::cancel_job, events::pause_job,
+                           events::resume_job, events::save_now, events::drain_worker,
+                           events::undrain_worker, events::set_priority, events::audit_gathered,
+                           checkpoint_found, manifest_written, checkpoints_retired>;
 
 // ---- views ----
 struct worker_view {
@@ -138,6 +143,10 @@ class cluster_machine {
   std::uint64_t dropped_messages() const { return dropped_messages_; }
 
  private:
+  struct patrol_window {
+    job_id job{};
+    std::uint64_t number = 0, from = 0, to = 0;
+  };
   struct worker {
     worker_record record;
     connection_id connection{};  // 0: none
@@ -151,6 +160,7 @@ class cluster_machine {
     std::int64_t avoid_until_ms = 0;
     bool is_stuck = false;  // told to stop, and its trainer's thread has not come back
     std::int64_t told_to_stop_ms = -1;
+    std::optional<patrol_window> audit;  // it computes this again, while it is free
     std::string reason;
   };
 
@@ -216,6 +226,10 @@ class cluster_machine {
   void ask_job(job_id job, reply_id reply_to, const job_event& e);
   void send(const worker& w, to_worker message);
   void join(worker& w);
+  void on(const events::audit_gathered& e);
+  void consider_patrol();
+  void end_patrol(worker& w);
+  void take_audited(worker& w, const audited& x);
   void distrust(worker& w, const std::string& why);
   void forget(worker_id id, const std::string& why);
   bool is_free(const worker& w) const;
@@ -242,6 +256,7 @@ class cluster_machine {
   std::map<worker_id, worker> workers_;
   std::map<job_id, job_machine> jobs_;
   std::uint64_t next_event_ = 1;
+  std::uint64_t next_audit_ = 1;
   std::int64_t now_ms_ = 0, unix_ms_ = 0;
   std::int64_t clock_ms_ = 0;  // of the shell's newest tick
   bool has_ticked_ = false, is_place_due_ = true;

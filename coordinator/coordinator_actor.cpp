@@ -343,6 +343,21 @@ class shell {
       known = view->last_recovery_ms;
     }
   }
+  void act(const actions::gather_audit& x) {
+    world_.inspection.post([this, self = self, job = place_of(x.job), x] {
+      events::audit_gathered answer{x.worker, {}, {}};
+      answer.message.audit = x.audit;
+      auto gathered = gather_window(*world_.store, world_.keeper, job, x.from, x.to);
+      if (gathered) {
+        answer.message = std::move(*gathered);
+        answer.message.audit = x.audit;
+      } else {
+        answer.message.job = value(x.job);
+        answer.problem = gathered.err().message;
+      }
+      tell(self, std::move(answer));
+    });
+  }
   void act(const actions::forget_series& x) {
     std::vector<kv_write> rows;
     for (const std::uint64_t step : history_.forget_steps_after(x.job, x.step))

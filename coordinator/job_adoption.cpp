@@ -139,6 +139,7 @@ void job_machine::adopt(worker_id from, const hello& h, const plan_report& x) {
                                   x.chain,
                                   fmt::format("{} (decided by deputy {})", x.reason, x.decided_by),
                                   x.unix_ms};
+  remember_generation();
   plan_hash_ = hash;
   number_ = std::max({number_, p.generation, h.promised});
   record_.generation = p.generation;

@@ -5,6 +5,7 @@
 // minority is evicted and the rest goes on from its own state. Two: nobody's state is trusted, the
 // job goes back to a checkpoint, and the same steps done again tell who was right (the open case).
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "coordinator/job_machine.hpp"
@@ -14,8 +15,9 @@
 namespace stagecoach {
 
 namespace {
-constexpr std::size_t hash_count_max = 8192;  // of the newest steps, as chains are kept
-}
+constexpr std::size_t hash_count_max = 8192;      // of the newest steps, as chains are kept
+constexpr std::uint64_t audit_steps_max = 4'000;  // their rows are one message, under 4 MiB
+}  // namespace
 
 std::string job_machine::name_of(worker_id worker) const {
   if (const auto m = members_.find(worker); m != members_.end()) return m->second.facts.name;
@@ -58,7 +60,11 @@ void job_machine::dispute(const failed& x) {
 
 /// They get no work until a person says that they are well.
 void job_machine::evict(const std::map<worker_id, std::string>& whom) {
-  for (const auto& [worker, why] : whom) distrusted_.insert(worker);  // until it is given again
+  for (const auto& [worker, why] : whom) {
+    distrusted_.insert(worker);  // until it is given again
+    if (members_.count(worker) == 0)
+      out_.push_back(actions::release{worker, false, why, true, false});
+  }
   lose(whom);
   for (const auto& [worker, why] : whom) sought_.erase(worker);  // its state is not wanted
 }
@@ -163,9 +169,115 @@ void job_machine::check_saved(std::uint64_t step) {
                    "used",
                    step, saved->second.weights_hash, voted->second),
        {{"step", std::to_string(step)}, {"found_by", "checkpoint"}}, "error");
+  exclude_save(step);
+}
+
+void job_machine::exclude_save(std::uint64_t step) {
+  const auto saved = checkpoints_.find(step);
+  if (saved == checkpoints_.end()) return;
   record_.bad_saves.push_back(saved->second.seq);
   checkpoints_.erase(saved);
   out_.push_back(actions::save{{{keys::checkpoint(id(), step), std::nullopt}, record_row()}, true});
+}
+
+// ---- the patrol ----
+/// Who held what, should its steps be found wrong later.
+void job_machine::remember_generation() {
+  generations_[generation_->shape.generation] = *generation_;
+  if (generations_.size() > generation_count_max) generations_.erase(generations_.begin());
+}
+
+std::optional<audit_window> job_machine::next_audit() const {
+  const job_spec& s = record_.spec;
+  // Without exact sums another layout gives other bits, without any fault.
+  if (!s.elasticity.patrol || !s.optimizer.exact || now_ms_ < no_audit_before_ms_)
+    return std::nullopt;
+  // From the start, or from the oldest checkpoint that is left where that is gone.
+  std::uint64_t from = record_.audited_step;
+  if (from > 0 && checkpoints_.count(from) == 0) {
+    const auto oldest = checkpoints_.lower_bound(from);
+    if (oldest == checkpoints_.end()) return std::nullopt;
+    from = oldest->first;
+  }
+  const auto next = checkpoints_.upper_bound(from);
+  if (next == checkpoints_.end() || next->first - from > audit_steps_max) return std::nullopt;
+  // The vote after it tells of the weights at its end.
+  if (!is_end(record_.state) && reported_step_ <= next->first) return std::nullopt;
+  return audit_window{from, next->first};
+}
+
+/// Who held these stages (none named: all) when `step` was computed; a step that was done again
+/// counts for who did it last.
+std::map<worker_id, std::string> job_machine::holders_of(std::uint64_t step,
+                                                         const std::vector<int>& stages) const {
+  const generation_record* held = nullptr;
+  for (const auto& [number, g] : generations_) {
+    if (g.step < step) held = &g;
+  }
+  std::map<worker_id, std::string> names;
+  if (held == nullptr) return names;
+  for (std::size_t rank = 0; rank < held->shape.members.size(); ++rank) {
+    const int stage = held->shape.stage_of(static_cast<int>(rank));
+    if (!stages.empty() && std::find(stages.begin(), stages.end(), stage) == stages.end()) continue;
+    names[held->shape.members[rank].worker] = held->shape.members[rank].name;
+  }
+  return names;
+}
+
+void job_machine::on(const job_events::window_audited& e) {
+  const audited& x = e.found;
+  const auto window = next_audit();
+  // Steps that were rolled back meanwhile are not those that were computed again.
+  if (!window || window->from != e.from || window->to != e.to) return;
+  if (!x.is_done) {
+    no_audit_before_ms_ = now_ms_ + 2 * rules_.minority_wait;
+    if (x.text != last_audit_problem_) note("audit_not_done", x.text, {}, "warn");
+    last_audit_problem_ = x.text;
+    return;
+  }
+  std::map<std::string, std::string> fields{
+      {"from", std::to_string(e.from + 1)}, {"to", std::to_string(e.to)}, {"by", e.by}};
+  if (x.is_identical) {
+    record_.audited_step = e.to;
+    out_.push_back(actions::save{{record_row()}, false});
+    note("window_audited",
+         fmt::format("{} computed steps {} to {} again: identical", e.by, e.from + 1, e.to),
+         fields);
+    return;
+  }
+  ++divergences_;
+  std::map<worker_id, std::string> suspects;
+  // Weights that were wrong after a step were kept by whoever computed the next one.
+  if (x.what != "checkpoint")
+    suspects = holders_of(x.what == "weights" ? x.step + 1 : x.step, x.stages);
+  std::string names, tensors;
+  for (const auto& [worker, name] : suspects) names += (names.empty() ? "" : ", ") + name;
+  for (std::size_t i = 0; i < std::min<std::size_t>(8, x.tensors.size()); ++i)
+    tensors += (i == 0 ? "" : ", ") + x.tensors[i];
+  fields["step"] = std::to_string(x.step);
+  fields["workers"] = names;
+  fields["tensors"] = tensors;
+  fields["found_by"] = "patrol";
+  note("silent_corruption",
+       fmt::format(
+           "by {}{}: {} computed steps {} to {} again: {}", suspects.size() > 1 ? "one of " : "",
+           names.empty() ? "whoever wrote the checkpoint" : names, e.by, e.from + 1, e.to, x.text),
+       fields, "error");
+  if (x.what == "checkpoint" && !is_end(record_.state)) return exclude_save(e.to);
+  if (is_end(record_.state)) {
+    // Its end stands in the record and may be in use: what to do is for a person to decide.
+    no_audit_before_ms_ = std::numeric_limits<std::int64_t>::max();
+    return;
+  }
+  go_back(e.from,
+          "silent corruption" + (names.empty() ? "" : " by " + names) + ", found by a patrol");
+  // With several it can't be told who it was.
+  if (suspects.size() == 1) {
+    evict({{suspects.begin()->first,
+            fmt::format("silent corruption of job {}: step {} was computed again and differs",
+                        record_.spec.name, x.step)}});
+  }
+  advance();
 }
 
 /// After the last step no vote follows, so what the members say at the end is compared here.

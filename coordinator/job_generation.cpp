@@ -296,6 +296,7 @@ void job_machine::commit_generation(const choice& c) {
   invariant(static_cast<int>(p.members.size()) == p.shape.worker_count(),
             "a plan has a member for every stage of every replica");
   generation_ = generation_record{p, c.source, c.step, c.chain, reason_, unix_ms_};
+  remember_generation();
   plan_hash_ = plan_hash(p);
   record_.generation = number_;
   record_.state = job_state::running;

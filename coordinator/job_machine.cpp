@@ -30,6 +30,7 @@ job_machine::job_machine(restored_job restored, detection rules)
     plan_hash_ = plan_hash(generation_->shape);
     number_ = std::max(number_, generation_->shape.generation);
   }
+  generations_ = std::move(restored.generations);
   for (const auto& [step, c] : checkpoints_) {
     next_seq_ = std::max(next_seq_, c.seq + 1);
     chains_[step] = c.chain;

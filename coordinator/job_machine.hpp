@@ -136,6 +136,12 @@ struct cancel {
 struct save_now {
   reply_id reply{};
 };
+/// A worker without work has computed steps from + 1 .. to again, or could not.
+struct window_audited {
+  std::string by;
+  std::uint64_t from = 0, to = 0;
+  audited found;
+};
 struct set_priority {
   int priority = 0;
   reply_id reply{};
@@ -151,6 +157,11 @@ struct suspend {  // all workers, after a checkpoint; then pending again
 };
 struct keep_workers {};  // who waited does not any more
 }  // namespace job_events
+
+/// Steps from + 1 .. to, from one checkpoint (or the start) to the next.
+struct audit_window {
+  std::uint64_t from = 0, to = 0;
+};
 
 /// A usable checkpoint, verified by the shell.
 struct checkpoint_facts {
@@ -182,9 +193,10 @@ using job_event =
     std::variant<job_events::submitted, job_events::workers_given, job_events::worker_connected,
                  job_events::worker_disconnected, job_events::worker_gone, job_events::worker_said,
                  job_events::worker_draining, job_events::tick, job_events::pause,
-                 job_events::resume, job_events::cancel, job_events::save_now,
-                 job_events::set_priority, job_events::give_back, job_events::suspend,
-                 job_events::keep_workers, checkpoint_found, manifest_written, checkpoints_retired>;
+                 job_events::window_audited, job_events::resume, job_events::cancel,
+                 job_events::save_now, job_events::set_priority, job_events::give_back,
+                 job_events::suspend, job_events::keep_workers, checkpoint_found, manifest_written,
+                 checkpoints_retired>;
 
 // ---- actions ----
 namespace actions {
@@ -229,7 +241,8 @@ struct retire_checkpoints {
   std::string folder;
   int keep_last = 3;
   std::int64_t keep_every_steps = 0;
-  std::vector<std::uint64_t> bad_saves{};  // count as damaged
+  std::vector<std::uint64_t> bad_saves{};   // count as damaged
+  std::vector<std::uint64_t> kept_steps{};  // stay: a patrol computes from one to the other
 };
 /// A row under keys::event (need not be synced) and a log line.
 struct note {
@@ -239,6 +252,13 @@ struct series {
   job_id job{};
   std::uint64_t generation = 0;
   std::vector<step_report> steps;
+};
+/// All that a worker needs to compute a window again; answered by events::audit_gathered.
+struct gather_audit {
+  job_id job{};
+  std::uint64_t audit = 0;
+  worker_id worker{};
+  std::uint64_t from = 0, to = 0;
 };
 /// Steps after this one are forgotten: they are done again with other bits.
 struct forget_series {
@@ -275,13 +295,15 @@ struct release {
   bool is_lost = false;
   std::string reason;
   bool is_distrusted = false;  // its memory or arithmetic gave wrong bits: no work until undrained
+  bool is_member = true;       // false: was given back before, only its name is at stake
 };
 }  // namespace actions
 
 using action = std::variant<actions::save, actions::send, actions::close, actions::find_checkpoint,
                             actions::write_manifest, actions::retire_checkpoints, actions::note,
-                            actions::series, actions::forget_series, actions::evaluation,
-                            actions::log, actions::reply, actions::seek_witness, actions::release>;
+                            actions::series, actions::forget_series, actions::gather_audit,
+                            actions::evaluation, actions::log, actions::reply,
+                            actions::seek_witness, actions::release>;
 
 // ---- views ----
 /// What a job would take from the free workers.
@@ -354,6 +376,8 @@ class job_machine {
   /// (or a coordinator's whose store was lost). It is heard before it is told to stop.
   bool is_claimed_by(const hello& greeting) const;
   job_view view() const;
+  /// What a patrol is to compute next: oldest first, so that all before it is known to be right.
+  std::optional<audit_window> next_audit() const;
   /// Words on what it waits for; the cluster adds what it knows of the free workers.
   const std::string& waits_for() const { return waits_for_; }
   /// "preparing", "loading", ...; what is not in the state.
@@ -439,6 +463,7 @@ class job_machine {
   void on(const job_events::worker_said& e);
   void on(const job_events::worker_draining& e);
   void on(const job_events::tick& e);
+  void on(const job_events::window_audited& e);
   void on(const job_events::pause& e);
   void on(const job_events::resume& e);
   void on(const job_events::cancel& e);
@@ -497,6 +522,10 @@ class job_machine {
   void take_weights_hash(std::uint64_t step, const std::string& hash);
   void judge(std::uint64_t step, const std::string& right_hash);
   void check_saved(std::uint64_t step);
+  void exclude_save(std::uint64_t step);
+  void remember_generation();
+  std::map<worker_id, std::string> holders_of(std::uint64_t step,
+                                              const std::vector<int>& stages) const;
   bool is_final_whole();
   prepared trusted(const prepared& answer) const;
   std::string name_of(worker_id id) const;
@@ -645,6 +674,9 @@ class job_machine {
   std::optional<open_case> case_;  // one of them is right; the steps done again tell which
   std::map<std::uint64_t, std::string> weights_hashes_;  // that all voted, of the newest steps
   std::set<worker_id> distrusted_;
+  std::map<std::uint64_t, generation_record> generations_;  // by number, the newest
+  std::int64_t no_audit_before_ms_ = 0;
+  std::string last_audit_problem_;
   // A feed, see job_feed.cpp.
   struct feeding {
     std::uint64_t request = 0;

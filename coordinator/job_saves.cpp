@@ -352,8 +352,15 @@ void job_machine::on(const manifest_written& e) {
   }
   check_saved(e.step);
   const checkpoint_spec& keep = record_.spec.checkpoint;
+  std::vector<std::uint64_t> kept_steps;
+  if (record_.spec.elasticity.patrol) {
+    kept_steps.push_back(record_.audited_step);
+    if (const auto to = checkpoints_.upper_bound(record_.audited_step); to != checkpoints_.end())
+      kept_steps.push_back(to->first);
+  }
   out_.push_back(actions::retire_checkpoints{id(), keep.store, keep.keep_last,
-                                             keep.keep_every_steps, record_.bad_saves});
+                                             keep.keep_every_steps, record_.bad_saves,
+                                             std::move(kept_steps)});
   // Parts of a worker that was given up came late: what loads now would do these steps again.
   if (phase_ == phase::loading && e.step > generation_->step) {
     start_preparing(fmt::format("step {} became durable", e.step));

@@ -251,6 +251,8 @@ struct audited {  // answers audit
   std::uint64_t step = 0;            // first that differs, or the last that was compared
   std::vector<std::string> tensors;  // that differ, where that could be told
   std::string text;
+  std::string what;         // differs: "weights", "loss", "checkpoint" (the run was right)
+  std::vector<int> stages;  // of the run, that held the weights that differ
 };
 
 struct goodbye {  // orderly end of a worker process
@@ -335,14 +337,22 @@ struct probe {  // ask this worker's port whether it is there; answered by probe
   plan_member peer;
 };
 
+/// The layout of a run from a step on.
+struct layout_span {
+  std::uint64_t first_step = 0;
+  layout shape;
+};
+
 /// Compute steps again from a checkpoint and compare with the log; by a worker that has no job.
 struct audit {
   std::uint64_t job = 0, audit = 0;
   job_spec spec;
   std::uint64_t step = 0, chain = 0;  // of the checkpoint
-  std::vector<part_record> parts;
-  std::vector<step_report> log;    // steps step + 1 .. of the run
-  std::vector<part_record> after;  // of the checkpoint at the last step, if there is one
+  std::vector<part_record> parts;     // none: the job's initial state (step 0)
+  std::uint64_t last = 0;             // newest step to compute
+  std::vector<step_report> log;       // steps step + 1 .. last + 1 of the run
+  std::vector<part_record> after;     // of the checkpoint at the last step, if there is one
+  std::vector<layout_span> layouts;   // of the run, rising
 };
 struct stop_audit {
   std::uint64_t audit = 0;
@@ -492,14 +502,16 @@ STAGECOACH_FIELDS(probed, v("job", m.job), v("generation", m.generation), v("pee
                   v("verdict", m.verdict), v("why", m.why))
 STAGECOACH_FIELDS(audited, v("job", m.job), v("audit", m.audit), v("is_identical", m.is_identical),
                   v("is_done", m.is_done), v("step", m.step), v("tensors", m.tensors),
-                  v("text", m.text))
+                  v("text", m.text), v("what", m.what), v("stages", m.stages))
 STAGECOACH_FIELDS(feed, v("job", m.job), v("generation", m.generation), v("plan_hash", m.plan_hash),
                   v("request", m.request), v("spec", m.spec), v("participants", m.participants),
                   v("transfers", m.transfers), v("step_bytes_max", m.step_bytes_max))
 STAGECOACH_FIELDS(stop_feed, v("job", m.job), v("request", m.request))
 STAGECOACH_FIELDS(probe, v("job", m.job), v("generation", m.generation), v("peer", m.peer))
+STAGECOACH_FIELDS(layout_span, v("first_step", m.first_step), v("layout", m.shape))
 STAGECOACH_FIELDS(audit, v("job", m.job), v("audit", m.audit), v("spec", m.spec), v("step", m.step),
-                  v("chain", m.chain), v("parts", m.parts), v("log", m.log), v("after", m.after))
+                  v("chain", m.chain), v("parts", m.parts), v("last", m.last), v("log", m.log),
+                  v("after", m.after), v("layouts", m.layouts))
 STAGECOACH_FIELDS(stop_audit, v("audit", m.audit))
 
 #undef STAGECOACH_FIELDS

@@ -94,6 +94,9 @@ restored_records restore_records(const std::vector<store_row>& rows) {
     } else if (key.starts_with("job/")) {
       auto g = read_row<generation_record>(row, all.problems);
       if (!g) continue;
+      auto& all_of_job = found[g->shape.job].generations;
+      all_of_job[g->shape.generation] = *g;
+      if (all_of_job.size() > generation_count_max) all_of_job.erase(all_of_job.begin());
       auto& newest = found[g->shape.job].generation;
       if (!newest || newest->shape.generation < g->shape.generation) newest = std::move(g);
     } else if (key.starts_with("ckpt/")) {

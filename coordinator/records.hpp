@@ -72,6 +72,7 @@ struct job_record {
   // What generations below this number computed after the step they went back to is not trusted.
   std::uint64_t fence = 0;
   std::vector<std::uint64_t> bad_saves;  // checkpoints (their seq) that hold corrupt weights
+  std::uint64_t audited_step = 0;        // everything to here was computed again and is right
   int recovery_count = 0;
   std::int64_t submitted_unix_ms = 0;
   std::int64_t started_unix_ms = 0;
@@ -123,11 +124,14 @@ std::string events_prefix(job_id id);                     // "event/<16 hex>/"
 }  // namespace keys
 
 // ---- restoring ----
+inline constexpr std::size_t generation_count_max = 256;  // kept of a job in memory
+
 struct restored_job {
   job_record record;
   std::optional<generation_record> generation;             // the newest
   std::map<std::uint64_t, checkpoint_record> checkpoints;  // by step
   std::uint64_t next_event = 1;
+  std::map<std::uint64_t, generation_record> generations{};  // by number, the newest of all
 };
 
 struct restored_records {
@@ -161,7 +165,7 @@ STAGECOACH_FIELDS(job_record, v("id", m.id), v("spec", m.spec), v("spec_text", m
                   v("is_cancel_wanted", m.is_cancel_wanted), v("device_class", m.device_class),
                   v("generation", m.generation), v("number", m.number), v("step", m.step),
                   v("fence", m.fence), v("bad_saves", m.bad_saves),
-                  v("recovery_count", m.recovery_count),
+                  v("audited_step", m.audited_step), v("recovery_count", m.recovery_count),
                   v("submitted_unix_ms", m.submitted_unix_ms),
                   v("started_unix_ms", m.started_unix_ms), v("ended_unix_ms", m.ended_unix_ms),
                   v("priority", m.priority), v("waits_since_unix_ms", m.waits_since_unix_ms))

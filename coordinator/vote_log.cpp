@@ -54,4 +54,67 @@ result<std::vector<generation_record>> read_generations(const kv& store, job_id 
   return list;
 }
 
+namespace {
+
+result<std::vector<part_record>> parts_at(const checkpoint_keeper& keeper, const job_place& job,
+                                          std::uint64_t step) {
+  auto entry = keeper.verify(job, step, check_depth::quick);
+  if (!entry) return entry.err();
+  if (entry->state == checkpoint_state::bad)
+    return make_error(errc::corrupt, "the checkpoint of step {} is not usable: {}", step,
+                      entry->reason);
+  std::vector<part_record> parts;
+  for (std::size_t i = 0; i < entry->content.parts.size(); ++i) {
+    const manifest_part& from = entry->content.parts[i];
+    part_record part;
+    part.file = from.file;
+    part.folder = keeper.folder_of(job, *entry, i);
+    part.bytes = from.bytes;
+    part.root_hash = from.root_hash;
+    part.tensors = from.tensors;
+    parts.push_back(std::move(part));
+  }
+  return parts;
+}
+
+}  // namespace
+
+result<audit> gather_window(const kv& store, const checkpoint_keeper& keeper, const job_place& job,
+                            std::uint64_t from, std::uint64_t to) {
+  auto log = read_vote_log(store, job.id, std::max<std::uint64_t>(1, from), to + 1, to - from + 2);
+  if (!log) return log.err();
+  const bool is_whole = log->gaps.empty() && !log->rows.empty() && log->rows.back().step >= to;
+  if (!is_whole)
+    return make_error(errc::not_found, "the vote log lacks rows of steps {} to {}",
+                      log->gaps.empty() ? to : log->gaps.front().first, to);
+  audit a;
+  a.job = value(job.id);
+  a.spec = job.spec;
+  a.step = from;
+  a.last = to;
+  if (from > 0) {
+    a.chain = log->rows.front().chain;
+    log->rows.erase(log->rows.begin());
+    auto parts = parts_at(keeper, job, from);
+    if (!parts) return parts.err();
+    a.parts = std::move(*parts);
+  }
+  a.log = std::move(log->rows);
+  auto after = parts_at(keeper, job, to);
+  if (!after) return after.err();
+  a.after = std::move(*after);
+  auto generations = read_generations(store, job.id);
+  if (!generations) return generations.err();
+  for (const generation_record& g : *generations) {
+    // What it began with was computed before it; what an older one made later was done again.
+    while (!a.layouts.empty() && a.layouts.back().first_step > g.step) a.layouts.pop_back();
+    a.layouts.push_back({g.step + 1, g.shape.shape});
+  }
+  // Those of the window: the one in force at its beginning, and later ones.
+  while (a.layouts.size() > 1 && a.layouts[1].first_step <= from + 1)
+    a.layouts.erase(a.layouts.begin());
+  while (!a.layouts.empty() && a.layouts.back().first_step > to + 1) a.layouts.pop_back();
+  return a;
+}
+
 }  // namespace stagecoach

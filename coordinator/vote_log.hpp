@@ -10,6 +10,7 @@
 
 #include "config/ids.hpp"
 #include "config/result.hpp"
+#include "coordinator/checkpoint_keeper.hpp"
 #include "coordinator/records.hpp"
 #include "storage/kv.hpp"
 
@@ -28,5 +29,11 @@ result<vote_log> read_vote_log(const kv& store, job_id job, std::uint64_t from, 
 
 /// All generations of a job, by number. Fails: io. Rows that can't be read are left out.
 result<std::vector<generation_record>> read_generations(const kv& store, job_id job);
+
+/// For a worker that computes steps from + 1 .. to again: the log with the row after it where it is
+/// there, the parts of both checkpoints (from 0: none, the initial state), the layouts.
+/// Fails: not_found (rows or a checkpoint are missing), corrupt, io.
+result<audit> gather_window(const kv& store, const checkpoint_keeper& keeper, const job_place& job,
+                            std::uint64_t from, std::uint64_t to);
 
 }  // namespace stagecoach

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Silent corruption with real processes: a planted flip is found, the worker named, the run ends with the golden hash.
 
-usage: audit_test.py PROGRAM GROUP     GROUP: vote | replay
+usage: audit_test.py PROGRAM GROUP     GROUP: vote | replay | patrol
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
+import pathlib
 import sys
 import time
 
@@ -117,5 +118,60 @@ def group_replay():
             cluster.close()
 
 
+def patrolled(name, workers, parallelism, steps=400, every="40 steps"):
+    path = job_file(name, steps, workers, parallelism, every, keep=3)
+    text = pathlib.Path(path).read_text().replace(f"elasticity: {{workers: {workers}}}", f"elasticity: {{workers: {workers}, patrol: true}}")
+    pathlib.Path(path).write_text(text)
+    return path
+
+
+def group_patrol():
+    steps = 400
+    # One worker trains, the other has nothing to do and computes again what the first did.
+    cluster = Cluster("patrol-calm")
+    try:
+        cluster.start_coordinator()
+        for _ in range(2):
+            cluster.start_worker()
+        job = cluster.submit(patrolled("patrol-calm", "1", explicit(1, 1)))
+        same(cluster.finish(job), steps, "a patrolled run")
+        until = time.time() + 240
+        windows = []
+        while time.time() < until and (not windows or windows[-1] != str(steps)):
+            windows = [e["fields"]["to"] for e in cluster.call("GET", f"/jobs/{job}/events")["events"]
+                       if e["kind"] == "window_audited"]
+            time.sleep(0.2)
+        check(windows and windows[-1] == str(steps), f"all of an undisturbed run was found identical: to {windows}")
+        check(corruption_of(cluster, job) == [], "and nobody was accused")
+    finally:
+        cluster.close()
+
+    cluster = Cluster("patrol-flip")
+    try:
+        cluster.start_coordinator()
+        cluster.start_worker("--inject", "flip@60:h.1.attn.c_attn.weight")
+        time.sleep(0.5)
+        path = patrolled("patrol-flip", "1", explicit(1, 1))
+        job = cluster.submit(path)
+        cluster.wait_step(job, 10)
+        cluster.start_worker()
+        # The patrol yields to everything else on its host: it is given time on a loaded one.
+        cluster.wait_step(job, 130)
+        cluster.cli("pause", job)
+        until = time.time() + 240
+        while time.time() < until and not corruption_of(cluster, job):
+            time.sleep(0.2)
+        cluster.cli("resume", job)
+        same(cluster.finish(job), steps, "a flip in the only worker, found by the idle one")
+        found = corruption_of(cluster, job)
+        check(("patrol", "w1") in found, f"the patrol named the worker: {found}")
+        drained = [w["name"] for w in cluster.call("GET", "/workers")["workers"] if w["state"] == "DRAINED"]
+        check(drained == ["w1"], f"{drained} is out of service")
+        rolled = [e["text"] for e in cluster.call("GET", f"/jobs/{job}/events")["events"] if e["kind"] == "rolled_back"]
+        check(len(rolled) == 1, f"the job went back: {rolled}")
+    finally:
+        cluster.close()
+
+
 if __name__ == "__main__":
-    sys.exit(main({"vote": group_vote, "replay": group_replay}))
+    sys.exit(main({"vote": group_vote, "replay": group_replay, "patrol": group_patrol}))

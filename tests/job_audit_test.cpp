@@ -315,3 +315,150 @@ TEST_CASE("a distrusted worker is drained with the reason, durably, until it is 
   (void)cluster.step(events::undrain_worker{"w2", {}});
   CHECK(cluster.workers().at(1).state == "IDLE");
 }
+
+TEST_CASE("a patrol walks from checkpoint to checkpoint, and what it finds sends the job back") {
+  job_spec spec = small_spec(1, 1);
+  spec.elasticity.patrol = true;
+  restored_job restored;
+  restored.record.id = static_cast<job_id>(1);
+  restored.record.spec = spec;
+  restored.record.state = job_state::running;
+  restored.record.step = 35;
+  for (const std::uint64_t step : {0, 10, 20, 30}) {
+    checkpoint_record& c = restored.checkpoints[step];
+    c.step = step;
+    c.seq = step + 1;
+    c.chain = 1000 + step;
+  }
+  generation_record g;
+  g.shape.job = static_cast<job_id>(1);
+  g.shape.generation = 1;
+  g.shape.shape.unit_cuts = {0, 4};
+  g.shape.shape.leaf_cuts = {0, 8};
+  g.shape.members.push_back({w(1), "p1", "w1", "127.0.0.1", 4000});
+  restored.generation = g;
+  restored.generations[1] = g;
+  job_machine machine(std::move(restored));
+  (void)machine.step(job_events::tick{1000, 1000});
+  hello h;
+  h.job = 1;
+  h.generation = 1;
+  h.plan_hash = plan_hash(g.shape);
+  h.phase = static_cast<int>(worker_phase::running);
+  h.step = 35;
+  h.name = "w1";
+  (void)machine.step(job_events::worker_connected{w(1), h});
+  REQUIRE(machine.state() == job_state::running);
+
+  REQUIRE(machine.next_audit());
+  CHECK(machine.next_audit()->from == 0);
+  CHECK(machine.next_audit()->to == 10);
+  audited same;
+  same.is_identical = true;
+  (void)machine.step(job_events::window_audited{"idle", 0, 10, same});
+  CHECK(machine.record().audited_step == 10);
+  REQUIRE(machine.next_audit());
+  CHECK(machine.next_audit()->from == 10);
+  // An answer to a window that is not asked for any more is not listened to.
+  audited bad;
+  bad.what = "weights";
+  bad.step = 17;
+  bad.tensors = {"wpe.weight"};
+  CHECK(machine.step(job_events::window_audited{"idle", 0, 10, bad}).empty());
+
+  const auto list = machine.step(job_events::window_audited{"idle", 10, 20, bad});
+  std::map<std::string, std::string> fields;
+  for (const auto& n : all_of<actions::note>(list)) {
+    if (n.record.kind == "silent_corruption") fields = n.record.fields;
+  }
+  CHECK(fields["workers"] == "w1");
+  CHECK(fields["step"] == "17");
+  CHECK(fields["tensors"] == "wpe.weight");
+  CHECK(machine.checkpoints().size() == 2);  // steps 0 and 10
+  CHECK(machine.record().bad_saves == std::vector<std::uint64_t>{21, 31});
+  const auto released = all_of<actions::release>(list);
+  REQUIRE(released.size() == 1);
+  CHECK(released[0].is_distrusted);
+  // Its place is free: the next worker starts from the checkpoint that was found right.
+  CHECK(machine.state() == job_state::pending);
+  (void)machine.step(job_events::workers_given{{bench::facts(2)}});
+  prepared p;
+  p.job = 1;
+  p.number = machine.record().number;
+  const auto asked =
+      all_of<actions::find_checkpoint>(machine.step(job_events::worker_said{w(2), p}));
+  REQUIRE(asked.size() == 1);
+  CHECK(asked[0].step_max == 10);
+}
+
+TEST_CASE("a free worker is asked to compute a window again, and a job's need for it comes first") {
+  cluster_machine cluster(restored_records{}, "folder");
+  (void)cluster.start();
+  (void)cluster.step(events::tick{1000, 1000});
+  job_spec spec = small_spec(1, 1);
+  spec.elasticity.patrol = true;
+  (void)cluster.step(events::submit_job{spec, "", {}});
+  for (std::uint64_t n = 1; n <= 2; ++n) {
+    hello h;
+    h.name = fmt::format("w{}", n);
+    h.process = fmt::format("p{}", n);
+    h.device = "cpu";
+    h.device_class = "c";
+    (void)cluster.step(events::worker_attached{static_cast<connection_id>(n), h});
+  }
+  const auto say = [&cluster](std::uint64_t n, to_coordinator m) {
+    return cluster.step(events::worker_said{static_cast<connection_id>(n), std::move(m)});
+  };
+  prepared p;
+  p.job = 1;
+  p.number = 1;
+  (void)say(1, p);
+  const plan& shape = cluster.jobs().at(static_cast<job_id>(1)).generation()->shape;
+  (void)say(1, ready{1, 1, plan_hash(shape), 0, ""});
+  part_saved x;
+  x.job = 1;
+  x.generation = 1;
+  x.plan_hash = plan_hash(shape);
+  x.step = 10;
+  x.chain = 1010;
+  x.part.tensors = stage_tensor_names(spec.model, 0, 4);
+  (void)say(1, x);
+  (void)cluster.step(manifest_written{static_cast<job_id>(1), 10, true, ""});
+  progress reported{1, 1, plan_hash(shape), {}};
+  step_report r;
+  r.step = 12;
+  reported.steps.push_back(r);
+  (void)say(1, reported);
+
+  const auto gathers = all_of<actions::gather_audit>(cluster.step(events::tick{1100, 1100}));
+  REQUIRE(gathers.size() == 1);
+  CHECK(gathers[0].worker == w(2));
+  CHECK(gathers[0].from == 0);
+  CHECK(gathers[0].to == 10);
+  CHECK(all_of<actions::gather_audit>(cluster.step(events::tick{1200, 1200})).empty());
+  events::audit_gathered gathered{w(2), {}, ""};
+  gathered.message.job = 1;
+  gathered.message.audit = gathers[0].audit;
+  const auto orders = sent<audit>(cluster.step(gathered));
+  REQUIRE(orders.size() == 1);
+  CHECK(orders[0].first == w(2));
+
+  SUBCASE("its word goes to the job") {
+    audited same;
+    same.job = 1;
+    same.audit = gathers[0].audit;
+    same.is_identical = true;
+    CHECK(has_note(say(2, same), "window_audited"));
+    CHECK(cluster.jobs().at(static_cast<job_id>(1)).record().audited_step == 10);
+    CHECK(!has_note(say(2, same), "window_audited"));  // said twice, counted once
+  }
+  SUBCASE("a job takes it") {
+    job_spec other = small_spec(1, 1);
+    other.name = "other";
+    const auto list = cluster.step(events::submit_job{other, "", {}});
+    CHECK(sent<prepare>(list).size() == 1);
+    const auto stops = sent<stop_audit>(list);
+    REQUIRE(stops.size() == 1);
+    CHECK(stops[0].first == w(2));
+  }
+}

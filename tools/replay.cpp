@@ -285,6 +285,12 @@ exit_code run_replay(const global_flags& flags, const replay_flags& own) {
   if (!opened) return complain(flags, opened.err());
   auto facts = facts_of(opened->api(), own.job);
   if (!facts) return complain(flags, facts.err());
+  if (!facts->spec.optimizer.exact)
+    return complain(flags,
+                    make_error(errc::conflict,
+                               "job {} has optimizer.exact: false: only the layout that it ran on "
+                               "gives its bits, so a replay can't tell a fault",
+                               facts->name));
   auto isa = isa_for(*facts, facts->name);
   if (!isa) return complain(flags, isa.err());
   auto shape = layout_for(facts->spec, own);

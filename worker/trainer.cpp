@@ -314,6 +314,7 @@ struct trainer::implementation {
 
   /// A joiner: what else its first load would take time for. A member is past it when it gets here.
   void on_warm_up(const feed& order) {
+    fed_in = order.generation;
     if (model || has_state) return;
     if (auto opened = open_data(order.spec); !opened) return refuse_feed(order, opened.err());
     spec = order.spec;
@@ -335,6 +336,7 @@ struct trainer::implementation {
     if (model || has_state) return;
     shape = plan{};
     shape.job = static_cast<job_id>(p.job);
+    shape.generation = fed_in;  // whose state it is
     copies = std::move(taken->state);
     state_step = taken->step;
     state_chain = taken->chain;
@@ -1046,6 +1048,7 @@ struct trainer::implementation {
   // The trainer's thread alone:
   std::unique_ptr<stage> model;
   std::unique_ptr<shadow_state> copies;  // beside model, at the same step; never null where that is
+  std::uint64_t fed_in = 0;              // generation of the newest feed
   std::unique_ptr<shadow_state> was_fed;  // and what a feed brought, from a prepare to its load
   job_spec spec;
   plan shape;

@@ -1,11 +1,14 @@
 #include "worker/window_run.hpp"
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
 #include <filesystem>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -101,14 +104,30 @@ class replay {
     for (int rank = 0; rank < w_.shape.worker_count(); ++rank)
       ranks.emplace_back([this, rank] {
         if (auto done = run_rank(rank); !done) stop(done.err());
+        const std::lock_guard lock(mutex_);
+        if (++done_ == w_.shape.worker_count()) wake_.notify_all();
       });
-    for (auto& t : ranks) t.join();
+    wait_for(ranks);
     if (problem_) return *problem_;
     describe();
     return verdict_;
   }
 
  private:
+  /// A step may take minutes; who cancels waits for one instruction of it.
+  void wait_for(std::vector<std::thread>& ranks) {
+    {
+      std::unique_lock lock(mutex_);
+      while (!wake_.wait_for(lock, std::chrono::milliseconds(20),
+                             [&] { return done_ == static_cast<int>(ranks.size()); })) {
+        if (!cancelled_.load()) continue;
+        for (step_runner* r : runners_) r->cancel();
+        for (auto& l : links_) l->cancel();
+      }
+    }
+    for (auto& t : ranks) t.join();
+  }
+
   // Cancelled and the others' broken links follow the first problem.
   void stop(const error& why) {
     const std::lock_guard lock(mutex_);
@@ -142,6 +161,18 @@ class replay {
     };
     step_runner runner(spec_, plan_, rank, model, *links_[static_cast<std::size_t>(rank)], *device,
                        std::move(train), {});
+    {
+      const std::lock_guard lock(mutex_);
+      runners_.insert(&runner);
+    }
+    auto done = run_steps(rank, model, runner, data_problem);
+    const std::lock_guard lock(mutex_);
+    runners_.erase(&runner);
+    return done;
+  }
+
+  result<void> run_steps(int rank, stage& model, step_runner& runner,
+                         const std::optional<error>& data_problem) {
     std::uint64_t chain = w_.chain;
     // What ends all ranks at one step rides in its vote, as a pause does: then nobody applies it.
     const auto orders = [this](std::uint64_t step) {
@@ -251,18 +282,18 @@ class replay {
 
   void describe() {
     for (const auto& [index, name] : differing_) verdict_.tensors.push_back(name);
+    if (const auto row = w_.log.find(w_.last + 1);
+        verdict_.is_identical && row != w_.log.end() && !row->second.weights_hash.empty()) {
+      std::vector<tensor_hash> weights(all_tensors(spec_.model).size());
+      for (const auto& [tensor, hash] : end_weights_) weights[tensor] = hash;
+      compare_weights(w_.last, weights, row->second);
+    }
     if (verdict_.is_identical && !verdict_.tensors.empty()) {
       // The log agrees, so the run computed right and the copy that was saved is wrong.
       verdict_.is_identical = false;
       verdict_.what = "checkpoint";
       verdict_.step = verdict_.saved_step;
       first_ = "the checkpoint holds other values than the run had";
-    }
-    if (const auto row = w_.log.find(w_.last + 1);
-        verdict_.is_identical && row != w_.log.end() && !row->second.weights_hash.empty()) {
-      std::vector<tensor_hash> weights(all_tensors(spec_.model).size());
-      for (const auto& [tensor, hash] : end_weights_) weights[tensor] = hash;
-      compare_weights(w_.last, weights, row->second);
     }
     if (verdict_.is_identical) {
       verdict_.text = fmt::format("identical: steps {} to {}, {} hashes", w_.step + 1, w_.last,
@@ -292,6 +323,9 @@ class replay {
   std::atomic<std::uint64_t> end_;  // no step after it is of use
 
   std::mutex mutex_;  // guards the lines below
+  std::condition_variable wake_;
+  int done_ = 0;
+  std::set<step_runner*> runners_;
   std::optional<error> problem_;
   window_verdict verdict_;
   std::string first_;

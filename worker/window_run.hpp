@@ -20,12 +20,6 @@
 
 namespace stagecoach {
 
-/// The layout of a run from a step on.
-struct layout_span {
-  std::uint64_t first_step = 0;
-  layout shape;
-};
-
 struct window {
   job_spec spec;
   layout shape;                       // on which it is computed here

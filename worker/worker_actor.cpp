@@ -14,6 +14,7 @@
 #include "worker/deputy_disk.hpp"
 #include "worker/device_probe.hpp"
 #include "worker/link_asio.hpp"
+#include "worker/patrol.hpp"
 #include "worker/trainer.hpp"
 #include "worker/worker.hpp"
 #include "worker/worker_machine.hpp"
@@ -51,6 +52,7 @@ level level_of(const std::string& name) {
 struct effects {
   std::unique_ptr<link_server> links;
   std::unique_ptr<trainer> training;
+  std::unique_ptr<patrol> auditing;
   std::unique_ptr<control_client> control;
   std::function<void(std::string)> give_up;
   std::function<void(to_coordinator)> say;  // to the actor, as the trainer does
@@ -94,6 +96,8 @@ struct effects {
   void tell(const stop_stage& x) { training->stop(x); }
   void tell(const feed& x) { training->begin_feed(x); }
   void tell(const stop_feed& x) { training->end_feed(x); }
+  void tell(const audit& x) { auditing->begin(x); }
+  void tell(const stop_audit&) { auditing->stop(); }
   template <class T>
   void tell(const T&) {}  // welcome, refused: the machine's own
 };
@@ -133,6 +137,7 @@ class running_worker : public worker {
       caf::anon_send_exit(actor_, caf::exit_reason::user_shutdown);
       caf::scoped_actor(system_)->wait_for(actor_);
     }
+    world_.auditing.reset();
     world_.training.reset();
     world_.disk.reset();
     world_.links.reset();
@@ -226,6 +231,8 @@ class running_worker : public worker {
           caf::anon_send(to, worker_event{worker_events::peer_unreachable{
                                  peer.process, verdict == peer_verdict::gone, why}});
         });
+    world_.auditing = std::make_unique<patrol>(
+        patrol::options{options.threads, options.isa, identity.host, world_.say});
     world_.training = std::make_unique<trainer>(std::move(training), *world_.links);
 
     control_client::options control;

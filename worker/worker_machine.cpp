@@ -115,7 +115,20 @@ void worker_machine::told(const refused& x) {
   if (x.is_final) out_.push_back(worker_actions::give_up{x.reason});
 }
 
+// A worker without work computes steps of a job again, until it gets work of its own.
+void worker_machine::told(const audit& x) {
+  if (job_ != 0) return;  // it was given to a job meanwhile; the coordinator knows
+  audit_ = x.audit;
+  tell(x);
+}
+void worker_machine::told(const stop_audit& x) {
+  if (x.audit != audit_) return;
+  audit_ = 0;
+  tell(x);
+}
+
 void worker_machine::told(const prepare& x) {
+  if (audit_ != 0) told(stop_audit{audit_});
   if (x.job != job_) {
     if (!speaker_.empty()) {  // a deputy has one job, its own
       ++stale_messages_;

@@ -150,6 +150,8 @@ class worker_machine {
   void told(const give_order& x);
   void told(const resume_stage& x);
   void told(const checkpoint_durable& x);
+  void told(const audit& x);
+  void told(const stop_audit& x);
   void told(const stop_stage& x);
   void told(const probe& x) { out_.push_back(worker_actions::ask_alive{x}); }
   void told(const feed& x);
@@ -216,6 +218,7 @@ class worker_machine {
   std::uint64_t job_ = 0;
   std::uint64_t generation_ = 0, plan_hash_ = 0;  // of the newest commit that was taken
   std::uint64_t promised_ = 0;                    // answered (or answering) prepare of this number
+  std::uint64_t audit_ = 0;                       // window that is computed again; 0: none
   bool is_dropping_ = false;                      // the trainer was told, its answer is not here
   std::uint64_t step_ = 0;
   std::optional<prepared> answer_;  // newest

@@ -1,0 +1,66 @@
+// cluster_machine, third part: workers without work compute steps of jobs again (patrol).
+//
+// A worker that does it stays free: when a job gets it, the window is dropped and begun anew later.
+// One window of a job at a time, oldest first. What is found is the job's to judge (job_audit.cpp).
+#include <algorithm>
+#include <utility>
+
+#include "coordinator/cluster_machine.hpp"
+
+namespace stagecoach {
+
+/// After the placement: whoever is still free and suits may compute again.
+void cluster_machine::consider_patrol() {
+  for (auto& [id, w] : workers_) {
+    const bool is_gone = w.connection == connection_id{} || w.is_lost || w.job != job_id{};
+    if (w.audit && is_gone) end_patrol(w);
+  }
+  for (const auto& [id, job] : jobs_) {
+    const auto window = job.next_audit();
+    const auto doing = std::find_if(workers_.begin(), workers_.end(), [id = id](const auto& w) {
+      return w.second.audit && w.second.audit->job == id;
+    });
+    if (doing != workers_.end()) {
+      // Rolled back, or found otherwise: what is computed there is of no use any more.
+      const bool is_current = window && window->from == doing->second.audit->from &&
+                              window->to == doing->second.audit->to;
+      if (!is_current) end_patrol(doing->second);
+      continue;
+    }
+    if (!window || job.record().device_class.empty()) continue;
+    for (auto& [worker, w] : workers_) {
+      if (!is_free(w) || w.audit || !unsuited(w, job).empty()) continue;
+      w.audit = patrol_window{id, next_audit_++, window->from, window->to};
+      out_.push_back(actions::gather_audit{id, w.audit->number, worker, window->from, window->to});
+      break;
+    }
+  }
+}
+
+void cluster_machine::end_patrol(worker& w) {
+  send(w, stop_audit{w.audit->number});
+  w.audit.reset();
+}
+
+void cluster_machine::on(const events::audit_gathered& e) {
+  const auto found = workers_.find(e.worker);
+  const bool is_wanted = found != workers_.end() && found->second.audit &&
+                         found->second.audit->number == e.message.audit;
+  if (!is_wanted) return;
+  if (e.problem.empty()) return send(found->second, e.message);
+  audited none;
+  none.job = e.message.job;
+  none.audit = e.message.audit;
+  none.is_done = false;
+  none.text = e.problem;
+  take_audited(found->second, none);
+}
+
+void cluster_machine::take_audited(worker& w, const audited& x) {
+  if (!w.audit || w.audit->number != x.audit) return;
+  const patrol_window window = *std::exchange(w.audit, std::nullopt);
+  is_place_due_ = true;
+  tell(window.job, job_events::window_audited{w.record.name, window.from, window.to, x});
+}
+
+}  // namespace stagecoach
