@@ -196,6 +196,7 @@ void cluster_machine::grow(job_id id) {
 void cluster_machine::give(job_id id, const std::vector<worker_id>& workers) {
   job_events::workers_given given;
   for (const worker_id w : workers) {
+    if (workers_.at(w).audit) end_patrol(workers_.at(w));
     workers_.at(w).job = id;
     given.workers.push_back(facts_of(workers_.at(w)));
   }

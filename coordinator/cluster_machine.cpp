@@ -139,6 +139,7 @@ void cluster_machine::attach(connection_id connection, const hello& greeting) {
   w.heard_ms = now_ms_;
   w.is_lost = false;
   w.step = greeting.step;
+  if (w.audit) end_patrol(w);  // the order may have been lost with the old channel
   join(w);
 }
 
@@ -282,7 +283,9 @@ void cluster_machine::on(const events::tick& e) {
   has_ticked_ = true;
   is_place_due_ = true;
   for (auto& [id, job] : jobs_) {
-    if (!is_end(job.record().state)) tell(id, job_events::tick{now_ms_, unix_ms_});
+    // One that has ended may still be computed again, and waits between two tries.
+    const bool is_patrolled = job.record().spec.elasticity.patrol;
+    if (!is_end(job.record().state) || is_patrolled) tell(id, job_events::tick{now_ms_, unix_ms_});
   }
   std::vector<worker_id> old;
   for (const auto& [id, w] : workers_) {

@@ -28,12 +28,19 @@ void cluster_machine::consider_patrol() {
       continue;
     }
     if (!window || job.record().device_class.empty()) continue;
+    // A defect that lasts is seen by others only; who computed it looks where nobody else is free.
+    worker* chosen = nullptr;
     for (auto& [worker, w] : workers_) {
       if (!is_free(w) || w.audit || !unsuited(w, job).empty()) continue;
-      w.audit = patrol_window{id, next_audit_++, window->from, window->to};
-      out_.push_back(actions::gather_audit{id, w.audit->number, worker, window->from, window->to});
-      break;
+      const bool is_other = window->computed_by.count(worker) == 0;
+      if (chosen == nullptr || is_other) chosen = &w;
+      if (is_other) break;
     }
+    if (chosen == nullptr) continue;
+    // An answer to a former coordinator's order must not pass for one to this one's.
+    const std::uint64_t number = meta_.incarnation << 32 | next_audit_++;
+    chosen->audit = patrol_window{id, number, window->from, window->to};
+    out_.push_back(actions::gather_audit{id, number, chosen->record.id, window->from, window->to});
   }
 }
 
@@ -57,7 +64,10 @@ void cluster_machine::on(const events::audit_gathered& e) {
 }
 
 void cluster_machine::take_audited(worker& w, const audited& x) {
-  if (!w.audit || w.audit->number != x.audit) return;
+  if (!w.audit || w.audit->number != x.audit || value(w.audit->job) != x.job) {
+    ++dropped_messages_;
+    return;
+  }
   const patrol_window window = *std::exchange(w.audit, std::nullopt);
   is_place_due_ = true;
   tell(window.job, job_events::window_audited{w.record.name, window.from, window.to, x});

@@ -5,7 +5,7 @@
 // minority is evicted and the rest goes on from its own state. Two: nobody's state is trusted, the
 // job goes back to a checkpoint, and the same steps done again tell who was right (the open case).
 #include <algorithm>
-#include <limits>
+#include <iterator>
 #include <utility>
 
 #include "coordinator/job_machine.hpp"
@@ -65,7 +65,7 @@ void job_machine::evict(const std::map<worker_id, std::string>& whom) {
     if (members_.count(worker) == 0)
       out_.push_back(actions::release{worker, false, why, true, false});
   }
-  lose(whom);
+  if (phase_ != phase::none) lose(whom);                         // a paused job stays paused
   for (const auto& [worker, why] : whom) sought_.erase(worker);  // its state is not wanted
 }
 
@@ -190,8 +190,8 @@ void job_machine::remember_generation() {
 std::optional<audit_window> job_machine::next_audit() const {
   const job_spec& s = record_.spec;
   // Without exact sums another layout gives other bits, without any fault.
-  if (!s.elasticity.patrol || !s.optimizer.exact || now_ms_ < no_audit_before_ms_)
-    return std::nullopt;
+  const bool is_wanted = s.elasticity.patrol && s.optimizer.exact && !is_patrol_over_;
+  if (!is_wanted || now_ms_ < no_audit_before_ms_) return std::nullopt;
   // From the start, or from the oldest checkpoint that is left where that is gone.
   std::uint64_t from = record_.audited_step;
   if (from > 0 && checkpoints_.count(from) == 0) {
@@ -203,7 +203,14 @@ std::optional<audit_window> job_machine::next_audit() const {
   if (next == checkpoints_.end() || next->first - from > audit_steps_max) return std::nullopt;
   // The vote after it tells of the weights at its end.
   if (!is_end(record_.state) && reported_step_ <= next->first) return std::nullopt;
-  return audit_window{from, next->first};
+  audit_window window{from, next->first, {}};
+  for (auto g = generations_.begin(); g != generations_.end(); ++g) {
+    const auto later = std::next(g);
+    const bool is_before = later != generations_.end() && later->second.step <= from;
+    if (is_before || g->second.step >= window.to) continue;
+    for (const plan_member& m : g->second.shape.members) window.computed_by.insert(m.worker);
+  }
+  return window;
 }
 
 /// Who held these stages (none named: all) when `step` was computed; a step that was done again
@@ -266,13 +273,13 @@ void job_machine::on(const job_events::window_audited& e) {
   if (x.what == "checkpoint" && !is_end(record_.state)) return exclude_save(e.to);
   if (is_end(record_.state)) {
     // Its end stands in the record and may be in use: what to do is for a person to decide.
-    no_audit_before_ms_ = std::numeric_limits<std::int64_t>::max();
+    is_patrol_over_ = true;
     return;
   }
   go_back(e.from,
           "silent corruption" + (names.empty() ? "" : " by " + names) + ", found by a patrol");
   // With several it can't be told who it was.
-  if (suspects.size() == 1) {
+  if (suspects.size() == 1 && !is_end(record_.state)) {
     evict({{suspects.begin()->first,
             fmt::format("silent corruption of job {}: step {} was computed again and differs",
                         record_.spec.name, x.step)}});

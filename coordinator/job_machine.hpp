@@ -161,6 +161,7 @@ struct keep_workers {};  // who waited does not any more
 /// Steps from + 1 .. to, from one checkpoint (or the start) to the next.
 struct audit_window {
   std::uint64_t from = 0, to = 0;
+  std::set<worker_id> computed_by{};
 };
 
 /// A usable checkpoint, verified by the shell.
@@ -676,6 +677,7 @@ class job_machine {
   std::set<worker_id> distrusted_;
   std::map<std::uint64_t, generation_record> generations_;  // by number, the newest
   std::int64_t no_audit_before_ms_ = 0;
+  bool is_patrol_over_ = false;  // found wrong after the job's end: a person's to decide
   std::string last_audit_problem_;
   // A feed, see job_feed.cpp.
   struct feeding {

@@ -387,6 +387,7 @@ void job_machine::on(const checkpoints_retired& e) {
   for (const std::uint64_t step : e.steps) {
     if (checkpoints_.erase(step) != 0) batch.rows.push_back({keys::checkpoint(id(), step), {}});
   }
+  if (!batch.rows.empty()) no_audit_before_ms_ = 0;  // a window that was not there, now not wanted
   if (!batch.rows.empty()) out_.push_back(std::move(batch));
 }
 

@@ -117,7 +117,7 @@ def group_replay():
             cluster.close()
 
 
-def patrolled(name, workers, parallelism, steps=400, every="40 steps"):
+def patrolled(name, workers, parallelism, steps, every="40 steps"):
     path = job_file(name, steps, workers, parallelism, every, keep=3)
     text = pathlib.Path(path).read_text().replace(f"elasticity: {{workers: {workers}}}", f"elasticity: {{workers: {workers}, patrol: true}}")
     pathlib.Path(path).write_text(text)
@@ -125,14 +125,14 @@ def patrolled(name, workers, parallelism, steps=400, every="40 steps"):
 
 
 def group_patrol():
-    steps = 400
+    steps = 240
     # One worker trains, the other has nothing to do and computes again what the first did.
     cluster = Cluster("patrol-calm")
     try:
         cluster.start_coordinator()
         for _ in range(2):
             cluster.start_worker()
-        job = cluster.submit(patrolled("patrol-calm", "1", explicit(1, 1)))
+        job = cluster.submit(patrolled("patrol-calm", "1", explicit(1, 1), steps))
         same(cluster.finish(job), steps, "a patrolled run")
         until = time.time() + 240
         windows = []
@@ -150,12 +150,12 @@ def group_patrol():
         cluster.start_coordinator()
         cluster.start_worker("--inject", "flip@60:h.1.attn.c_attn.weight")
         time.sleep(0.5)
-        path = patrolled("patrol-flip", "1", explicit(1, 1))
+        path = patrolled("patrol-flip", "1", explicit(1, 1), steps)
         job = cluster.submit(path)
         cluster.wait_step(job, 10)
         cluster.start_worker()
         # The patrol yields to everything else on its host: it is given time on a loaded one.
-        cluster.wait_step(job, 130)
+        cluster.wait_step(job, 100)
         cluster.cli("pause", job)
         until = time.time() + 240
         while time.time() < until and not corruption_of(cluster, job):

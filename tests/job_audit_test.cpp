@@ -461,4 +461,71 @@ TEST_CASE("a free worker is asked to compute a window again, and a job's need fo
     REQUIRE(stops.size() == 1);
     CHECK(stops[0].first == w(2));
   }
+  SUBCASE(
+      "its channel is replaced before the old one closes: the order may be lost, another goes "
+      "out") {
+    hello again;
+    again.name = "w2";
+    again.process = "p2";
+    again.device = "cpu";
+    again.device_class = "c";
+    const auto list = cluster.step(events::worker_attached{static_cast<connection_id>(9), again});
+    const auto anew = all_of<actions::gather_audit>(list);
+    REQUIRE(anew.size() == 1);
+    CHECK(anew[0].audit != gathers[0].audit);
+    audited old;
+    old.job = 1;
+    old.audit = gathers[0].audit;
+    old.is_identical = true;
+    CHECK(!has_note(say(9, old), "window_audited"));
+  }
+  SUBCASE("the job ends: what could not be done then is tried again later") {
+    (void)cluster.step(events::cancel_job{static_cast<job_id>(1), true, {}});
+    REQUIRE(cluster.jobs().at(static_cast<job_id>(1)).state() == job_state::cancelled);
+    audited not_done;
+    not_done.job = 1;
+    not_done.audit = gathers[0].audit;
+    not_done.is_done = false;
+    not_done.text = "no such file";
+    CHECK(all_of<actions::gather_audit>(say(2, not_done)).empty());
+    std::size_t count = 0;
+    for (std::int64_t now = 1300; now < 40'000; now += 100) {
+      (void)say(2, beat{});
+      count += all_of<actions::gather_audit>(cluster.step(events::tick{now, now})).size();
+    }
+    CHECK(count == 1);
+  }
+}
+
+TEST_CASE("what a patrol finds while the job is paused leaves it paused") {
+  restored_job restored = bench::fresh(1, 1);
+  restored.record.spec.elasticity.patrol = true;
+  restored.record.state = job_state::paused;
+  restored.record.step = 20;
+  for (const std::uint64_t step : {0, 10, 20}) {
+    checkpoint_record& c = restored.checkpoints[step];
+    c.step = step;
+    c.seq = step + 1;
+  }
+  generation_record g;
+  g.shape.generation = 1;
+  g.shape.shape.unit_cuts = {0, 4};
+  g.shape.shape.leaf_cuts = {0, 8};
+  g.shape.members.push_back({w(1), "p1", "w1", "127.0.0.1", 4000});
+  restored.generation = g;
+  restored.generations[1] = g;
+  job_machine machine(std::move(restored));
+  (void)machine.step(job_events::tick{1000, 1000});
+  REQUIRE(machine.next_audit());
+  CHECK(machine.next_audit()->computed_by == std::set<worker_id>{w(1)});
+  audited bad;
+  bad.what = "weights";
+  bad.step = 7;
+  const auto list = machine.step(job_events::window_audited{"idle", 0, 10, bad});
+  const auto released = all_of<actions::release>(list);
+  REQUIRE(released.size() == 1);
+  CHECK(released[0].worker == w(1));
+  CHECK(released[0].is_distrusted);
+  CHECK(machine.state() == job_state::paused);
+  CHECK(machine.checkpoints().size() == 1);
 }
