@@ -52,6 +52,12 @@ bool is_one_of(const std::vector<std::uint64_t>& list, std::uint64_t one) {
   return std::find(list.begin(), list.end(), one) != list.end();
 }
 
+/// Known to be bad, or of a generation that went on from what is not trusted.
+bool is_excluded(const distrust& d, const manifest& m) {
+  const bool is_after = static_cast<std::uint64_t>(m.step) > d.step;
+  return is_one_of(d.bad_saves, m.seq) || (m.generation < d.fence && is_after);
+}
+
 std::vector<fs::path> folders_of(const job_place& job) {
   std::vector<fs::path> folders{job.folder};
   if (!job.copies.empty()) folders.push_back(job.copies);
@@ -96,8 +102,8 @@ checkpoint_found checkpoint_keeper::find(const job_place& job,
       answer.notes.push_back(describe({entry.content.step, entry.content.seq, why}));
     };
     if (step > wanted.step_max) continue;
-    if (is_one_of(wanted.bad_saves, entry.content.seq)) {
-      skip("its weights are corrupt, says the record");
+    if (is_excluded(wanted.distrusted, entry.content)) {
+      skip("its weights may be corrupt, says the record");
       continue;
     }
     if (entry.state == checkpoint_state::bad) {
@@ -227,7 +233,7 @@ checkpoints_retired checkpoint_keeper::retire(const job_place& job,
   std::uint64_t newest_generation = 0;
   for (const auto& entry : *entries) {
     const bool is_usable =
-        entry.state != checkpoint_state::bad && !is_one_of(wanted.bad_saves, entry.content.seq);
+        entry.state != checkpoint_state::bad && !is_excluded(wanted.distrusted, entry.content);
     items.push_back({entry.content.step, entry.content.incarnation, entry.content.seq, is_usable,
                      is_usable && is_one_of(wanted.kept_steps,
                                             static_cast<std::uint64_t>(entry.content.step))});

@@ -105,26 +105,38 @@ void job_machine::take_report(worker_id from, const hello& h, const plan_report&
            std::none_of(others.begin(), others.end(),
                         [&m](const plan_member& o) { return o.process == m.facts.process; });
   });
-  if (is_cut) return merge(from, h, x);
+  if (is_cut) {
+    return merge(from, h, x,
+                 fmt::format("two sides of a cut: generation {} is ours, generation {} was decided "
+                             "by {}",
+                             number_of_plan(), x.shape.generation, x.decided_by));
+  }
+  if (x.shape.generation < record_.distrusted.fence) {
+    return merge(
+        from, h, x,
+        fmt::format("generation {} was decided by {}, who had not heard that what it began "
+                    "with is not trusted",
+                    x.shape.generation, x.decided_by));
+  }
   adopt(from, h, x);
 }
 
-void job_machine::merge(worker_id from, const hello& h, const plan_report& x) {
+/// All of both plans are asked, with a number above both, and the decision is made anew.
+void job_machine::merge(worker_id from, const hello& h, const plan_report& x,
+                        const std::string& why) {
   record_.number = std::max({record_.number, x.shape.generation, h.promised});
-  reported_step_ = std::max(reported_step_, h.step);
+  const bool is_trusted = x.shape.generation >= record_.distrusted.fence;
+  if (is_trusted) reported_step_ = std::max(reported_step_, h.step);
   if (claimants_.count(from) != 0) join(from, h).rank = -1;
   for (const plan_member& other : x.shape.members) {
     if (members_.count(other.worker) == 0) sought_.insert(other.worker);
   }
-  const std::string why =
-      fmt::format("two sides of a cut: generation {} is ours, generation {} was decided by {}",
-                  number_of_plan(), x.shape.generation, x.decided_by);
   note("generations_merged", why, {{"decided_by", x.decided_by}, {"reason", x.reason}}, "warn");
   if (!count_failure(why)) return;
   ++record_.recovery_count;
   is_after_loss_ = true;
   if (loss_ms_ < 0) loss_ms_ = now_ms_;
-  start_preparing("two sides of a cut");
+  start_preparing(is_trusted ? "two sides of a cut" : "a deputy's plan that is not trusted");
 }
 
 void job_machine::adopt(worker_id from, const hello& h, const plan_report& x) {
@@ -132,6 +144,16 @@ void job_machine::adopt(worker_id from, const hello& h, const plan_report& x) {
   const std::uint64_t hash = plan_hash(p);
   if (claimants_.count(from) != 0) (void)join(from, h);
   members_.at(from).is_report_due = false;
+  for (const std::uint64_t worker : x.distrusted.workers) {
+    const auto known = static_cast<worker_id>(worker);
+    if (is_distrusted(known)) continue;
+    record_.distrusted.workers.push_back(worker);
+    if (members_.count(known) != 0) continue;  // released below
+    out_.push_back(actions::release{
+        known, false, fmt::format("silent corruption, found by deputy {}", x.decided_by), true,
+        false});
+  }
+  learn(x.distrusted);
 
   generation_ = generation_record{p,
                                   x.source,

@@ -16,6 +16,7 @@ namespace stagecoach {
 
 namespace {
 constexpr std::size_t hash_count_max = 8192;      // of the newest steps, as chains are kept
+constexpr std::uint64_t deputy_numbers = 1'000;   // generations of one time without coordinator
 constexpr std::uint64_t audit_steps_max = 4'000;  // their rows are one message, under 4 MiB
 }  // namespace
 
@@ -26,47 +27,74 @@ std::string job_machine::name_of(worker_id worker) const {
       if (p.worker == worker) return p.name;
     }
   }
+  for (auto g = generations_.rbegin(); g != generations_.rend(); ++g) {
+    for (const plan_member& p : g->second.shape.members) {
+      if (p.worker == worker) return p.name;
+    }
+  }
   return fmt::format("w-{}", value(worker));
 }
 
 /// The replicas' weights differ in a vote: nobody has applied the step.
 void job_machine::dispute(const failed& x) {
   std::string names;
-  open_case found;
-  found.step = x.step;
-  for (const weights_suspect& s : x.suspects) {
-    const auto worker = static_cast<worker_id>(s.worker);
-    found.suspects[worker] = s.weights_hash;
-    found.names[worker] = name_of(worker);
-    names += (names.empty() ? "" : ", ") + name_of(worker);
-  }
+  for (const weights_suspect& s : x.suspects)
+    names += (names.empty() ? "" : ", ") + name_of(static_cast<worker_id>(s.worker));
   ++divergences_;
   note("silent_corruption",
        fmt::format("{} {}: {}", x.is_certain ? "by" : "by one of", names, x.message),
        {{"step", std::to_string(x.step)}, {"workers", names}, {"found_by", "vote"}}, "error");
   if (x.is_certain) {
     std::map<worker_id, std::string> whom;
-    for (const auto& [worker, hash] : found.suspects) {
-      whom[worker] = fmt::format(
+    for (const weights_suspect& s : x.suspects) {
+      whom[static_cast<worker_id>(s.worker)] = fmt::format(
           "silent corruption of job {}: its weights after step {} differ "
           "from those of the other replicas",
           record_.spec.name, x.step);
     }
     return evict(whom);
   }
-  case_ = std::move(found);
+  record_.distrusted.disputed_step = x.step;
+  record_.distrusted.suspects = x.suspects;
   go_back(x.step == 0 ? 0 : x.step - 1, "silent corruption by one of " + names);
 }
 
 /// They get no work until a person says that they are well.
 void job_machine::evict(const std::map<worker_id, std::string>& whom) {
   for (const auto& [worker, why] : whom) {
-    distrusted_.insert(worker);  // until it is given again
+    if (!is_distrusted(worker)) record_.distrusted.workers.push_back(value(worker));
     if (members_.count(worker) == 0)
       out_.push_back(actions::release{worker, false, why, true, false});
   }
-  if (phase_ != phase::none) lose(whom);                         // a paused job stays paused
-  for (const auto& [worker, why] : whom) sought_.erase(worker);  // its state is not wanted
+  if (phase_ != phase::none) lose(whom);    // a paused job stays paused
+  for (const auto& [worker, why] : whom) {  // its state is not wanted
+    sought_.erase(worker);
+    missed_.erase(worker);
+  }
+  save_record();
+}
+
+bool job_machine::is_distrusted(worker_id id) const {
+  const auto& list = record_.distrusted.workers;
+  return std::find(list.begin(), list.end(), value(id)) != list.end();
+}
+
+/// From someone who heard of it from a decider that is gone: a coordinator or a deputy.
+void job_machine::learn(const distrust& told) {
+  if (told.fence <= record_.distrusted.fence) return;
+  distrust both = told;
+  const auto add = [](auto& to, const auto& from) {
+    for (const auto& one : from)
+      if (std::find(to.begin(), to.end(), one) == to.end()) to.push_back(one);
+  };
+  add(both.bad_saves, record_.distrusted.bad_saves);
+  add(both.workers, record_.distrusted.workers);
+  record_.distrusted = std::move(both);
+  record_.number = std::max(record_.number, told.fence - 1);
+  actions::save batch;
+  forget_after(told.step, batch);
+  batch.rows.push_back(record_row());
+  out_.push_back(std::move(batch));
 }
 
 /// To a checkpoint of at most step_max. What is newer was computed from weights that may be wrong.
@@ -75,22 +103,13 @@ void job_machine::go_back(std::uint64_t step_max, const std::string& why) {
   note("rolled_back", fmt::format("nothing after step {} is trusted: {}", step_max, why),
        {{"step_max", std::to_string(step_max)}, {"reported_step", std::to_string(reported_step_)}},
        "error");
-  record_.fence = std::max(number_, record_.number) + 1;
+  // Numbers below it are free: a deputy that has not heard of this takes one of them.
+  record_.number = std::max(number_, record_.number) + deputy_numbers;
+  record_.distrusted.fence = record_.number + 1;
+  record_.distrusted.step = step_max;
   actions::save batch;
-  for (auto c = checkpoints_.upper_bound(step_max); c != checkpoints_.end();) {
-    record_.bad_saves.push_back(c->second.seq);
-    batch.rows.push_back({keys::checkpoint(id(), c->first), std::nullopt});
-    c = checkpoints_.erase(c);
-  }
-  for (auto s = saves_.upper_bound(step_max); s != saves_.end(); s = saves_.erase(s)) {
-    if (s->second.seq != 0) record_.bad_saves.push_back(s->second.seq);
-  }
-  chains_.erase(chains_.upper_bound(step_max), chains_.end());
-  weights_hashes_.erase(weights_hashes_.upper_bound(step_max), weights_hashes_.end());
+  forget_after(step_max, batch);
   step_max_ = std::min(step_max_, step_max);  // manifests that the index does not know yet
-  reported_step_ = std::min(reported_step_, step_max);
-  record_.step = std::min(record_.step, step_max);
-  if (newest_report_.step > step_max) newest_report_ = {};
   final_saved_ms_ = -1;
   sought_.clear();  // whatever a silent one holds is not wanted
   batch.rows.push_back(record_row());
@@ -103,12 +122,30 @@ void job_machine::go_back(std::uint64_t step_max, const std::string& why) {
   start_preparing(why);
 }
 
+/// Saves, chains and hashes of what was computed after this step.
+void job_machine::forget_after(std::uint64_t step_max, actions::save& batch) {
+  for (auto c = checkpoints_.upper_bound(step_max); c != checkpoints_.end();) {
+    record_.distrusted.bad_saves.push_back(c->second.seq);
+    batch.rows.push_back({keys::checkpoint(id(), c->first), std::nullopt});
+    c = checkpoints_.erase(c);
+  }
+  for (auto s = saves_.upper_bound(step_max); s != saves_.end(); s = saves_.erase(s)) {
+    if (s->second.seq != 0) record_.distrusted.bad_saves.push_back(s->second.seq);
+  }
+  chains_.erase(chains_.upper_bound(step_max), chains_.end());
+  weights_hashes_.erase(weights_hashes_.upper_bound(step_max), weights_hashes_.end());
+  reported_step_ = std::min(reported_step_, step_max);
+  record_.step = std::min(record_.step, step_max);
+  if (newest_report_.step > step_max) newest_report_ = {};
+}
+
 /// What generations before the fence hold is as if they held nothing.
-prepared job_machine::trusted(const prepared& answer) const {
-  if (answer.loaded_in >= record_.fence) return answer;
+prepared job_machine::trusted(const member& m) const {
+  if (m.answer->loaded_in >= record_.distrusted.fence && !is_distrusted(m.facts.id))
+    return *m.answer;
   prepared empty;
-  empty.job = answer.job;
-  empty.number = answer.number;
+  empty.job = m.answer->job;
+  empty.number = m.answer->number;
   return empty;
 }
 
@@ -129,12 +166,12 @@ void job_machine::take_weights_hash(std::uint64_t step, const std::string& hash)
 
 /// The disputed step was done again by workers that all agree: who had other weights was wrong.
 void job_machine::judge(std::uint64_t step, const std::string& right_hash) {
-  const open_case c = *std::exchange(case_, std::nullopt);
-  std::map<worker_id, std::string> wrong;
-  std::string names;
-  const bool is_one_right = std::any_of(c.suspects.begin(), c.suspects.end(),
-                                        [&](const auto& s) { return s.second == right_hash; });
+  const auto suspects = std::exchange(record_.distrusted.suspects, {});
+  const bool is_one_right = std::any_of(suspects.begin(), suspects.end(), [&](const auto& s) {
+    return s.weights_hash == right_hash;
+  });
   if (!is_one_right) {
+    save_record();
     note("silent_corruption",
          fmt::format("step {} was done again and gives {}, which none of those had who disagreed "
                      "on it: nobody is named",
@@ -142,13 +179,16 @@ void job_machine::judge(std::uint64_t step, const std::string& right_hash) {
          {{"step", std::to_string(step)}, {"found_by", "redo"}}, "error");
     return;
   }
-  for (const auto& [worker, hash] : c.suspects) {
-    if (hash == right_hash) continue;
+  std::map<worker_id, std::string> wrong;
+  std::string names;
+  for (const weights_suspect& s : suspects) {
+    if (s.weights_hash == right_hash) continue;
+    const auto worker = static_cast<worker_id>(s.worker);
     wrong[worker] = fmt::format(
         "silent corruption of job {}: its weights after step {} were not "
         "those of the same step done again",
         record_.spec.name, step);
-    names += (names.empty() ? "" : ", ") + c.names.at(worker);
+    names += (names.empty() ? "" : ", ") + name_of(worker);
   }
   note("silent_corruption",
        fmt::format("step {} was done again and gives {}: the wrong weights were {}'s", step,
@@ -175,7 +215,7 @@ void job_machine::check_saved(std::uint64_t step) {
 void job_machine::exclude_save(std::uint64_t step) {
   const auto saved = checkpoints_.find(step);
   if (saved == checkpoints_.end()) return;
-  record_.bad_saves.push_back(saved->second.seq);
+  record_.distrusted.bad_saves.push_back(saved->second.seq);
   checkpoints_.erase(saved);
   out_.push_back(actions::save{{{keys::checkpoint(id(), step), std::nullopt}, record_row()}, true});
 }
@@ -327,7 +367,7 @@ bool job_machine::is_final_whole() {
     return false;
   }
   take_weights_hash(stop_step(), add_tensor_hashes(stage_hashes));
-  if (case_ && case_->step == stop_step()) {
+  if (!record_.distrusted.suspects.empty() && record_.distrusted.disputed_step == stop_step()) {
     judge(stop_step(), weights_hashes_.at(stop_step()));
     return false;
   }

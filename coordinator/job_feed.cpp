@@ -171,8 +171,7 @@ bool job_machine::decide_fed(const std::vector<member*>& answered) {
   if (wait_step_ == 0) return false;
   std::vector<candidate> candidates;
   for (const member* m : answered) {
-    if (!m->is_draining)
-      candidates.push_back({m->facts.id, trusted(*m->answer), m->facts.link_host});
+    if (!m->is_draining) candidates.push_back({m->facts.id, trusted(*m), m->facts.link_host});
   }
   const int count = std::min(static_cast<int>(candidates.size()), workers_most());
   if (count < workers_least()) return false;

@@ -32,7 +32,7 @@ void job_machine::lose(const std::map<worker_id, std::string>& lost, bool are_ho
     const std::string verdict = verdict_on(worker);
     const bool is_said_dead =
         verdict.empty() ? !m.is_connected && !m.lost_by.empty() : verdict == "gone";
-    if (is_in_plan && !are_hopeless && distrusted_.count(worker) == 0) {
+    if (is_in_plan && !are_hopeless && !is_distrusted(worker)) {
       missed_.insert(worker);
       if (!is_said_dead) sought_.insert(worker);
     } else if (m.is_connected) {
@@ -116,7 +116,8 @@ void job_machine::start_preparing(const std::string& reason, std::uint64_t wait_
 void job_machine::ask(member& m) {
   m.answer.reset();
   m.asked_ms = now_ms_;
-  if (m.is_connected) send(m.facts.id, prepare{value(id()), number_, "", wait_step_});
+  if (m.is_connected)
+    send(m.facts.id, prepare{value(id()), number_, "", wait_step_, record_.distrusted});
 }
 
 void job_machine::consider_decision() {
@@ -170,7 +171,7 @@ void job_machine::decide(const std::vector<member*>& answered) {
 
   std::vector<candidate> candidates;
   for (const member* m : answered)
-    candidates.push_back({m->facts.id, trusted(*m->answer), m->facts.link_host});
+    candidates.push_back({m->facts.id, trusted(*m), m->facts.link_host});
   choice c;
   c.shape = *shape;
   const auto seat = [&candidates](const std::vector<int>& by_rank) {
@@ -221,7 +222,7 @@ void job_machine::decide(const std::vector<member*>& answered) {
     request_ = next_request_++;
     saved_when_asked_ = newest_saved();
     out_.push_back(actions::find_checkpoint{id(), record_.spec.checkpoint.store, request_,
-                                            step_max_, record_.bad_saves});
+                                            step_max_, record_.distrusted});
     return enter(phase::finding);
   }
   if (found_) {
@@ -353,6 +354,7 @@ void job_machine::commit_generation(const choice& c) {
   const bool is_unsaved_edge = c.step == 0 || c.step == stop_step();
   x.save_at_start = is_unsaved_edge && checkpoints_.count(c.step) == 0;
   x.checkpoint_folder = record_.spec.checkpoint.store;
+  x.distrusted = record_.distrusted;
   const auto remembers = std::find_if(c.by_rank.begin(), c.by_rank.end(), [this](worker_id w) {
     return members_.at(w).answer && members_.at(w).answer->has_state;
   });
@@ -518,6 +520,11 @@ void job_machine::consider_adoption() {
   const auto ready_count = count([](const member& m) { return m.phase == worker_phase::ready; });
   const auto up_count = static_cast<std::ptrdiff_t>(ranks.size()) - loading_count - ready_count;
   const bool is_astray = count([](const member& m) { return m.is_astray || m.is_report_due; }) != 0;
+  if (number_of_plan() < record_.distrusted.fence) {
+    // Its end was decided before the restart, and perhaps nobody was told.
+    is_after_loss_ = true;
+    return start_preparing("silent corruption: what the newest generation holds is not trusted");
+  }
   // run_stage is sent when all are ready, so some that load and some that run can't be.
   if (is_astray || (loading_count > 0 && up_count > 0)) {
     is_after_loss_ = true;

@@ -38,7 +38,9 @@ job_machine::job_machine(restored_job restored, detection rules)
   if (record_.state == job_state::running) {
     if (generation_) {
       phase_ = phase::adopting;
-      for (const plan_member& m : generation_->shape.members) sought_.insert(m.worker);
+      for (const plan_member& m : generation_->shape.members) {
+        if (!is_distrusted(m.worker)) sought_.insert(m.worker);
+      }
       waits_for_ =
           "the coordinator was started again; waits for the workers of the newest generation";
     } else {
@@ -69,7 +71,7 @@ void job_machine::on(const job_events::workers_given& e) {
     m.heard_ms = now_ms_;
     members_[facts.id] = std::move(m);
     sought_.erase(facts.id);
-    distrusted_.erase(facts.id);
+    std::erase(record_.distrusted.workers, value(facts.id));
     missed_.erase(facts.id);
   }
   if (is_end(record_.state) || record_.state == job_state::paused) {
@@ -86,6 +88,7 @@ void job_machine::on(const job_events::workers_given& e) {
 
 void job_machine::on(const job_events::worker_connected& e) {
   const hello& h = e.greeting;
+  if (h.job == value(id())) learn(h.distrusted);
   if (members_.count(e.worker) == 0) {
     if (!expects(e.worker)) {
       if (is_claimed_by(h)) on_claim(e.worker, h);
@@ -333,7 +336,7 @@ void job_machine::said(member& m, const prepared& x) {
   }
   m.answer = x;
   m.phase = worker_phase::prepared;
-  if (x.has_state) reported_step_ = std::max(reported_step_, x.step);
+  if (trusted(m).has_state) reported_step_ = std::max(reported_step_, x.step);
 }
 
 void job_machine::said(member& m, const ready& x) {
@@ -348,7 +351,8 @@ void job_machine::said(member& m, const ready& x) {
 
 void job_machine::said(member& m, const failed& x) {
   const bool is_of_vote = !x.suspects.empty() && is_committed_or_adopting() && m.rank >= 0;
-  if (is_of_vote && x.generation == number_of_plan()) return dispute(x);
+  const bool is_news = x.generation == number_of_plan() && x.generation >= record_.distrusted.fence;
+  if (is_of_vote && is_news) return dispute(x);
   if (phase_ == phase::adopting && x.generation == number_of_plan()) {
     m.is_astray = true;
     return;
@@ -380,7 +384,7 @@ void job_machine::said(member& m, const failed& x) {
 }
 
 void job_machine::said(member& m, const progress& x) {
-  if (x.job != value(id()) || x.generation > number_ || x.generation < record_.fence) {
+  if (x.job != value(id()) || x.generation > number_ || x.generation < record_.distrusted.fence) {
     ++stale_messages_;
     return;
   }
@@ -417,8 +421,8 @@ void job_machine::said(member& m, const progress& x) {
     }
   }
   if (!news.empty()) out_.push_back(actions::series{id(), x.generation, std::move(news)});
-  if (case_) {
-    const auto known = weights_hashes_.find(case_->step);
+  if (!record_.distrusted.suspects.empty()) {
+    const auto known = weights_hashes_.find(record_.distrusted.disputed_step);
     if (known != weights_hashes_.end()) judge(known->first, known->second);
   }
 }
@@ -519,7 +523,7 @@ void job_machine::enter(phase p) {
 
 void job_machine::release(worker_id worker, const std::string& reason, bool is_lost) {
   members_.erase(worker);
-  out_.push_back(actions::release{worker, is_lost, reason, distrusted_.count(worker) != 0});
+  out_.push_back(actions::release{worker, is_lost, reason, is_distrusted(worker)});
 }
 
 void job_machine::release_all(const std::string& reason) {

@@ -225,7 +225,7 @@ struct find_checkpoint {
   job_id job{};
   std::string folder;
   std::uint64_t request = 0, step_max = ~0ull;
-  std::vector<std::uint64_t> bad_saves{};  // not these, by their seq
+  distrust distrusted{};  // nothing of what this excludes
 };
 /// Idempotent: the same content may be written again after a restart. Answered by manifest_written.
 struct write_manifest {
@@ -242,7 +242,7 @@ struct retire_checkpoints {
   std::string folder;
   int keep_last = 3;
   std::int64_t keep_every_steps = 0;
-  std::vector<std::uint64_t> bad_saves{};   // count as damaged
+  distrust distrusted{};                    // what it excludes counts as damaged
   std::vector<std::uint64_t> kept_steps{};  // stay: a patrol computes from one to the other
 };
 /// A row under keys::event (need not be synced) and a log line.
@@ -528,7 +528,10 @@ class job_machine {
   std::map<worker_id, std::string> holders_of(std::uint64_t step,
                                               const std::vector<int>& stages) const;
   bool is_final_whole();
-  prepared trusted(const prepared& answer) const;
+  prepared trusted(const member& m) const;
+  void learn(const distrust& told);
+  void forget_after(std::uint64_t step_max, actions::save& batch);
+  bool is_distrusted(worker_id id) const;
   std::string name_of(worker_id id) const;
 
   // A generation, from prepare to run.
@@ -550,7 +553,7 @@ class job_machine {
   void report_overdue(worker_id worker);
   void take_report(worker_id from, const hello& h, const plan_report& x);
   void adopt(worker_id from, const hello& h, const plan_report& x);
-  void merge(worker_id from, const hello& h, const plan_report& x);
+  void merge(worker_id from, const hello& h, const plan_report& x, const std::string& why);
   member& join(worker_id worker, const hello& h);
 
   // Orders and voluntary changes.
@@ -667,14 +670,7 @@ class job_machine {
   std::optional<evaluated> newest_evaluation_;
 
   // Silent corruption.
-  struct open_case {
-    std::uint64_t step = 0;                     // the state that is disputed
-    std::map<worker_id, std::string> suspects;  // weights hash of the model if this one is right
-    std::map<worker_id, std::string> names;
-  };
-  std::optional<open_case> case_;  // one of them is right; the steps done again tell which
-  std::map<std::uint64_t, std::string> weights_hashes_;  // that all voted, of the newest steps
-  std::set<worker_id> distrusted_;
+  std::map<std::uint64_t, std::string> weights_hashes_;     // that all voted, of the newest steps
   std::map<std::uint64_t, generation_record> generations_;  // by number, the newest
   std::int64_t no_audit_before_ms_ = 0;
   bool is_patrol_over_ = false;  // found wrong after the job's end: a person's to decide

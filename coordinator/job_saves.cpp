@@ -199,7 +199,7 @@ bool job_machine::is_of_ended_hold(std::uint64_t step) const {
 
 // ---- saves ----
 void job_machine::saved(const part_saved& x, worker_id from) {
-  if (x.job != value(id()) || x.generation > number_ || x.generation < record_.fence) {
+  if (x.job != value(id()) || x.generation > number_ || x.generation < record_.distrusted.fence) {
     ++stale_messages_;
     return;
   }
@@ -359,7 +359,7 @@ void job_machine::on(const manifest_written& e) {
       kept_steps.push_back(to->first);
   }
   out_.push_back(actions::retire_checkpoints{id(), keep.store, keep.keep_last,
-                                             keep.keep_every_steps, record_.bad_saves,
+                                             keep.keep_every_steps, record_.distrusted,
                                              std::move(kept_steps)});
   // Parts of a worker that was given up came late: what loads now would do these steps again.
   if (phase_ == phase::loading && e.step > generation_->step) {

@@ -101,6 +101,26 @@ struct step_report {
   bool operator==(const step_report&) const = default;
 };
 
+/// Whose weights differ from a replica's; `weights_hash` of the whole model if this one is right.
+struct weights_suspect {
+  std::uint64_t worker = 0;
+  std::string weights_hash;
+  bool operator==(const weights_suspect&) const = default;
+};
+
+/// What silent corruption has spoilt. Whoever may have to decide must know it: the job's record
+/// keeps it, each prepare and commit brings it, and members greet with it.
+struct distrust {
+  // What generations below `fence` computed after `step` may be wrong; 0: nothing is.
+  std::uint64_t fence = 0, step = 0;
+  std::vector<std::uint64_t> bad_saves;  // checkpoints (their seq) that hold corrupt weights
+  std::vector<std::uint64_t> workers;    // what these hold is wrong, until they are given again
+  // One of these had the right weights after disputed_step: it is done again, and tells which.
+  std::uint64_t disputed_step = 0;
+  std::vector<weights_suspect> suspects;  // empty: nothing is disputed
+  bool operator==(const distrust&) const = default;
+};
+
 // ---- worker to coordinator
 // --------------------------------------------------------------------------
 struct hello {
@@ -124,6 +144,7 @@ struct hello {
   std::uint64_t promised = 0;  // newest prepare it answered: takes nothing of smaller numbers
   std::string version;
   std::string promised_to{};  // process of the deputy that asked; empty: the coordinator
+  distrust distrusted{};      // newest that it was told of its job
 };
 enum class worker_phase : int { idle = 0, prepared, loading, ready, running, held, finished };
 
@@ -155,12 +176,6 @@ struct prepared {
 struct ready {
   std::uint64_t job = 0, generation = 0, plan_hash = 0, step = 0;
   std::string weights_hash;  // of the part of the weights that this stage counts
-};
-
-/// Whose weights differ from a replica's; `weights_hash` of the whole model if this one is right.
-struct weights_suspect {
-  std::uint64_t worker = 0;
-  std::string weights_hash;
 };
 
 struct failed {  // can't do its part: wrong data file, out of memory, ...
@@ -226,6 +241,7 @@ struct plan_report {
   std::string reason;
   std::string decided_by;  // the deputy's name
   std::int64_t unix_ms = 0;
+  distrust distrusted{};  // as the deputy knew it
 };
 
 struct feed_ready {  // the links of a feed stand
@@ -276,6 +292,7 @@ struct prepare {
   std::uint64_t job = 0, number = 0;
   std::string decider{};        // process of the deputy that asks; empty: the coordinator
   std::uint64_t wait_step = 0;  // a fed worker answers when its copy stands there; 0: at once
+  distrust distrusted{};
 };
 
 struct commit {
@@ -296,6 +313,7 @@ struct commit {
   std::uint64_t retell_after = 0;
   std::string decided_by{}, reason{};  // a deputy's name and why; empty: the coordinator decided
   std::int64_t unix_ms = 0;            // when, in that case
+  distrust distrusted{};
 };
 
 struct run_stage {
@@ -435,13 +453,17 @@ STAGECOACH_FIELDS(job_spec, v("version", m.version), v("name", m.name), v("prior
                   v("checkpoint", m.checkpoint), v("device", m.device), v("labels", m.labels),
                   v("log_every_steps", m.log_every_steps))
 
+STAGECOACH_FIELDS(weights_suspect, v("worker", m.worker), v("weights_hash", m.weights_hash))
+STAGECOACH_FIELDS(distrust, v("fence", m.fence), v("step", m.step), v("bad_saves", m.bad_saves),
+                  v("workers", m.workers), v("disputed_step", m.disputed_step),
+                  v("suspects", m.suspects))
 STAGECOACH_FIELDS(hello, v("protocol", m.protocol), v("name", m.name), v("process", m.process),
                   v("host", m.host), v("link_host", m.link_host), v("link_port", m.link_port),
                   v("device", m.device), v("device_class", m.device_class), v("threads", m.threads),
                   v("memory_bytes", m.memory_bytes), v("labels", m.labels), v("job", m.job),
                   v("generation", m.generation), v("plan_hash", m.plan_hash), v("phase", m.phase),
                   v("step", m.step), v("promised", m.promised), v("version", m.version),
-                  v("promised_to", m.promised_to))
+                  v("promised_to", m.promised_to), v("distrusted", m.distrusted))
 STAGECOACH_FIELDS(beat, v("job", m.job), v("generation", m.generation), v("step", m.step),
                   v("phase", m.phase), v("op", m.op), v("activity", m.activity),
                   v("waits_for", m.waits_for), v("stands_ms", m.stands_ms), v("leaf_us", m.leaf_us))
@@ -451,7 +473,6 @@ STAGECOACH_FIELDS(prepared, v("job", m.job), v("number", m.number), v("has_state
                   v("loaded_in", m.loaded_in))
 STAGECOACH_FIELDS(ready, v("job", m.job), v("generation", m.generation),
                   v("plan_hash", m.plan_hash), v("step", m.step), v("weights_hash", m.weights_hash))
-STAGECOACH_FIELDS(weights_suspect, v("worker", m.worker), v("weights_hash", m.weights_hash))
 STAGECOACH_FIELDS(failed, v("job", m.job), v("generation", m.generation), v("code", m.code),
                   v("message", m.message), v("is_fatal", m.is_fatal), v("suspects", m.suspects),
                   v("is_certain", m.is_certain), v("step", m.step))
@@ -476,14 +497,15 @@ STAGECOACH_FIELDS(welcome, v("worker", m.worker), v("incarnation", m.incarnation
                   v("beat_ms", m.beat_ms))
 STAGECOACH_FIELDS(refused, v("reason", m.reason), v("is_final", m.is_final))
 STAGECOACH_FIELDS(prepare, v("job", m.job), v("number", m.number), v("decider", m.decider),
-                  v("wait_step", m.wait_step))
+                  v("wait_step", m.wait_step), v("distrusted", m.distrusted))
 STAGECOACH_FIELDS(commit, v("plan", m.shape), v("spec", m.spec), v("source", m.source),
                   v("step", m.step), v("chain", m.chain), v("transfers", m.transfers),
                   v("roll_forward", m.roll_forward), v("parts", m.parts),
                   v("expected_weights_hash", m.expected_weights_hash),
                   v("save_at_start", m.save_at_start), v("checkpoint_folder", m.checkpoint_folder),
                   v("retell_rank", m.retell_rank), v("retell_after", m.retell_after),
-                  v("decided_by", m.decided_by), v("reason", m.reason), v("unix_ms", m.unix_ms))
+                  v("decided_by", m.decided_by), v("reason", m.reason), v("unix_ms", m.unix_ms),
+                  v("distrusted", m.distrusted))
 STAGECOACH_FIELDS(run_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation), v("order", m.order),
                   v("kind", m.kind), v("with", m.with))
@@ -493,7 +515,8 @@ STAGECOACH_FIELDS(checkpoint_durable, v("job", m.job), v("step", m.step), v("seq
 STAGECOACH_FIELDS(stop_stage, v("job", m.job), v("reason", m.reason))
 STAGECOACH_FIELDS(plan_report, v("job", m.job), v("plan", m.shape), v("source", m.source),
                   v("step", m.step), v("chain", m.chain), v("reason", m.reason),
-                  v("decided_by", m.decided_by), v("unix_ms", m.unix_ms))
+                  v("decided_by", m.decided_by), v("unix_ms", m.unix_ms),
+                  v("distrusted", m.distrusted))
 STAGECOACH_FIELDS(feed_ready, v("job", m.job), v("generation", m.generation),
                   v("request", m.request))
 STAGECOACH_FIELDS(fed, v("job", m.job), v("generation", m.generation), v("request", m.request),

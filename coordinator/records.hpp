@@ -69,10 +69,8 @@ struct job_record {
   std::uint64_t generation = 0;  // newest number that was committed
   std::uint64_t number = 0;  // newest that was prepared: never used twice, not even after a crash
   std::uint64_t step = 0;    // newest known when the record was written
-  // What generations below this number computed after the step they went back to is not trusted.
-  std::uint64_t fence = 0;
-  std::vector<std::uint64_t> bad_saves;  // checkpoints (their seq) that hold corrupt weights
-  std::uint64_t audited_step = 0;        // everything to here was computed again and is right
+  distrust distrusted;
+  std::uint64_t audited_step = 0;  // everything to here was computed again and is right
   int recovery_count = 0;
   std::int64_t submitted_unix_ms = 0;
   std::int64_t started_unix_ms = 0;
@@ -164,8 +162,8 @@ STAGECOACH_FIELDS(job_record, v("id", m.id), v("spec", m.spec), v("spec_text", m
                   v("is_pause_wanted", m.is_pause_wanted),
                   v("is_cancel_wanted", m.is_cancel_wanted), v("device_class", m.device_class),
                   v("generation", m.generation), v("number", m.number), v("step", m.step),
-                  v("fence", m.fence), v("bad_saves", m.bad_saves),
-                  v("audited_step", m.audited_step), v("recovery_count", m.recovery_count),
+                  v("distrusted", m.distrusted), v("audited_step", m.audited_step),
+                  v("recovery_count", m.recovery_count),
                   v("submitted_unix_ms", m.submitted_unix_ms),
                   v("started_unix_ms", m.started_unix_ms), v("ended_unix_ms", m.ended_unix_ms),
                   v("priority", m.priority), v("waits_since_unix_ms", m.waits_since_unix_ms))

@@ -236,6 +236,59 @@ TEST_CASE("a member known dead: the survivors go on in a generation that names i
   CHECK(b.ordered<stop_stage>().empty());
 }
 
+TEST_CASE("a deputy in the middle of a rollback goes back too, whoever heard of it") {
+  bench b(1, 2);
+  distrust spoilt;
+  spoilt.fence = 1002;
+  spoilt.step = 10;
+  spoilt.bad_saves = {1281};
+  b.facts.durable = checkpoint_durable{1, 20, 1281, 1020};
+  const auto answers = [&b, &spoilt] {
+    canvassed x;
+    x.from = "p2";
+    x.job = 1;
+    x.greeting = greeting_of(2, b.newest, worker_phase::prepared);
+    x.greeting.promised = 1002;
+    x.greeting.distrusted = spoilt;
+    x.durable = checkpoint_durable{1, 20, 1281, 1020};
+    return b.step(deputy_events::answered{x});
+  };
+  SUBCASE("it itself") {
+    b.facts.greeting.distrusted = spoilt;
+    b.facts.greeting.promised = 1002;
+    b.facts.greeting.phase = static_cast<int>(worker_phase::prepared);
+  }
+  SUBCASE("a member only, before it stands") {}
+  b.wait(1'500);
+  answers();
+  std::vector<deputy_action> all = b.last;
+  std::vector<std::pair<process_id, prepare>> asked = b.ordered<prepare>();
+  for (int i = 0; i < 60 && asked.empty(); ++i) {
+    b.wait(100);
+    asked = b.ordered<prepare>();
+    if (asked.empty()) answers();
+  }
+  REQUIRE(!asked.empty());
+  const std::uint64_t number = asked.back().second.number;
+  CHECK(number > 1002);
+  CHECK(asked.back().second.distrusted == spoilt);
+  auto own = b.holds(number, 20), other = b.holds(number, 20);
+  own.loaded_in = other.loaded_in = 1;
+  b.step(deputy_events::reported{"p1", own});
+  CHECK(b.ordered<commit>().empty());
+  b.step(deputy_events::reported{"p2", other});
+  CHECK(b.ordered<commit>().empty());
+  bool has_looked = false;
+  for (const auto& a : b.last) {
+    const auto* s = std::get_if<deputy_actions::store>(&a);
+    const auto* f = s == nullptr ? nullptr : std::get_if<actions::find_checkpoint>(&s->what);
+    if (f == nullptr) continue;
+    has_looked = true;
+    CHECK(f->distrusted == spoilt);
+  }
+  CHECK(has_looked);
+}
+
 TEST_CASE("no PREPARE without a mandate at that moment") {
   bench b(1, 3);
   b.wait(1'500);

@@ -119,6 +119,35 @@ struct bench {
     return text;
   }
 
+  /// The coordinator dies, with no message of its last breath delivered, and is started again.
+  void restart() {
+    std::map<std::string, std::string> rows;
+    for (const auto& s : all_of<actions::save>(seen)) {
+      for (const auto& r : s.rows) {
+        if (r.value)
+          rows[r.key] = *r.value;
+        else
+          rows.erase(r.key);
+      }
+    }
+    restored_records all = restore_records({rows.begin(), rows.end()});
+    REQUIRE(all.jobs.count(static_cast<job_id>(1)) == 1);
+    machine = job_machine(std::move(all.jobs.at(static_cast<job_id>(1))));
+    tick(0);
+  }
+  std::vector<action> reconnect(int n, worker_phase phase, std::uint64_t at_step) {
+    hello h;
+    h.name = fmt::format("w{}", n);
+    h.process = fmt::format("p{}", n);
+    h.device_class = "c";
+    h.job = 1;
+    h.generation = h.promised = generation();
+    h.plan_hash = hash();
+    h.phase = static_cast<int>(phase);
+    h.step = at_step;
+    return step(job_events::worker_connected{w(static_cast<std::uint64_t>(n)), h});
+  }
+
   job_machine machine;
   std::vector<action> seen;
   std::int64_t now = 1000;
@@ -160,7 +189,7 @@ TEST_CASE("two replicas: back to an older checkpoint, and the step done again na
   const auto asked = all_of<actions::find_checkpoint>(b.answer(2, 1, 20));
   REQUIRE(asked.size() == 1);
   CHECK(asked[0].step_max == 19);
-  CHECK(asked[0].bad_saves == std::vector<std::uint64_t>{20 * 64 + 1});
+  CHECK(asked[0].distrusted.bad_saves == std::vector<std::uint64_t>{20 * 64 + 1});
   checkpoint_facts facts;
   facts.step = 10;
   facts.seq = 1;
@@ -169,7 +198,7 @@ TEST_CASE("two replicas: back to an older checkpoint, and the step done again na
   b.load(1, 10);
   b.load(2, 10);
   REQUIRE(b.machine.state() == job_state::running);
-  CHECK(b.generation() == 2);
+  CHECK(b.generation() == asked[0].distrusted.fence);
   // Reports and parts of the generation that went wrong are not taken any more.
   part_saved late;
   late.job = 1;
@@ -186,7 +215,7 @@ TEST_CASE("two replicas: back to an older checkpoint, and the step done again na
   REQUIRE(released.size() == 1);
   CHECK(released[0].worker == w(2));
   CHECK(released[0].is_distrusted);
-  const auto committed = sent<commit>(b.answer(1, 2, 21));
+  const auto committed = sent<commit>(b.answer(1, b.generation(), 21));
   REQUIRE(committed.size() == 1);
   CHECK(committed[0].second.source == source_kind::live);
   CHECK(committed[0].second.step == 21);
@@ -228,7 +257,7 @@ TEST_CASE(
   }
   CHECK(b.machine.checkpoints().count(20) == 0);
   CHECK(b.machine.checkpoints().count(10) == 1);
-  CHECK(b.machine.record().bad_saves == std::vector<std::uint64_t>{20 * 64 + 1});
+  CHECK(b.machine.record().distrusted.bad_saves == std::vector<std::uint64_t>{20 * 64 + 1});
 }
 
 TEST_CASE("after the last step the members' weights are compared before the job is completed") {
@@ -375,7 +404,7 @@ TEST_CASE("a patrol walks from checkpoint to checkpoint, and what it finds sends
   CHECK(fields["step"] == "17");
   CHECK(fields["tensors"] == "wpe.weight");
   CHECK(machine.checkpoints().size() == 2);  // steps 0 and 10
-  CHECK(machine.record().bad_saves == std::vector<std::uint64_t>{21, 31});
+  CHECK(machine.record().distrusted.bad_saves == std::vector<std::uint64_t>{21, 31});
   const auto released = all_of<actions::release>(list);
   REQUIRE(released.size() == 1);
   CHECK(released[0].is_distrusted);
@@ -528,4 +557,120 @@ TEST_CASE("what a patrol finds while the job is paused leaves it paused") {
   CHECK(released[0].is_distrusted);
   CHECK(machine.state() == job_state::paused);
   CHECK(machine.checkpoints().size() == 1);
+}
+
+TEST_CASE("a restart of the coordinator forgets no open case: the step done again names the liar") {
+  bench b(2);
+  b.save(10, "");
+  b.save(20, "");
+  b.report(20);
+  b.dispute({{1, right}, {2, wrong}}, false, 20);
+  b.restart();
+  SUBCASE("both stand, as they stood when their vote failed") {
+    b.reconnect(1, worker_phase::prepared, 20);
+    CHECK(sent<prepare>(b.reconnect(2, worker_phase::prepared, 20)).size() == 2);
+  }
+  SUBCASE("they run: a generation that is not trusted is not adopted") {
+    b.reconnect(1, worker_phase::running, 20);
+    const auto asked = sent<prepare>(b.reconnect(2, worker_phase::running, 20));
+    REQUIRE(asked.size() == 2);
+    CHECK(asked[0].second.number >= asked[0].second.distrusted.fence);
+    CHECK(asked[0].second.distrusted.suspects.size() == 2);
+  }
+  SUBCASE("what its members say of the vote again opens no second case") {
+    b.reconnect(1, worker_phase::prepared, 20);
+    const auto list = b.dispute({{1, right}, {2, wrong}}, false, 20);
+    CHECK(!has_note(list, "silent_corruption"));
+    b.reconnect(2, worker_phase::prepared, 20);
+  }
+  b.answer(1, 1, 20);
+  const auto asked = all_of<actions::find_checkpoint>(b.answer(2, 1, 20));
+  REQUIRE(asked.size() == 1);
+  CHECK(asked[0].distrusted.fence > 1);
+  CHECK(asked[0].distrusted.step == 19);
+  CHECK(asked[0].distrusted.bad_saves == std::vector<std::uint64_t>{20 * 64 + 1});
+  checkpoint_facts facts;
+  facts.step = 10;
+  facts.seq = 1;
+  facts.chain = 1010;
+  const auto committed =
+      sent<commit>(b.step(checkpoint_found{static_cast<job_id>(1), asked[0].request, facts, {}}));
+  REQUIRE(committed.size() == 2);
+  CHECK(committed[0].second.distrusted.fence == asked[0].distrusted.fence);
+  b.load(1, 10);
+  b.load(2, 10);
+  b.restart();  // once more, in the generation that does the steps again
+  b.reconnect(1, worker_phase::running, 18);
+  b.reconnect(2, worker_phase::running, 18);
+  REQUIRE(b.machine.state() == job_state::running);
+  const auto judged = b.report(21, right);
+  const auto released = all_of<actions::release>(judged);
+  REQUIRE(released.size() == 1);
+  CHECK(released[0].worker == w(2));
+  CHECK(released[0].is_distrusted);
+  CHECK(released[0].reason.find("silent corruption") == 0);
+  b.restart();
+  CHECK(b.machine.record().distrusted.suspects.empty());
+}
+
+TEST_CASE("after a restart an evicted worker is no member, and what it holds is nobody's state") {
+  bench b(3);
+  b.report(20);
+  b.dispute({{2, wrong}}, true, 20);
+  b.restart();
+  CHECK(!b.machine.expects(w(2)));
+  CHECK(b.machine.expects(w(1)));
+  b.reconnect(1, worker_phase::prepared, 20);
+  const auto asked = sent<prepare>(b.reconnect(3, worker_phase::prepared, 20));
+  REQUIRE(asked.size() == 2);  // nobody waits for it
+  CHECK(asked[0].second.distrusted.workers == std::vector<std::uint64_t>{2});
+}
+
+TEST_CASE("a deputy that had not heard of the rollback: its plan and its state are not taken") {
+  bench b(2);
+  b.save(10, "");
+  b.report(20);
+  b.dispute({{1, right}, {2, wrong}}, false, 20);
+  b.restart();
+  plan_report r;
+  r.job = 1;
+  r.shape = b.machine.generation()->shape;
+  r.shape.generation = 2;
+  r.step = 20;
+  r.chain = 1020;
+  r.decided_by = "w1";
+  hello h;
+  h.name = "w1";
+  h.process = "p1";
+  h.device_class = "c";
+  h.job = 1;
+  h.generation = h.promised = 2;
+  h.plan_hash = plan_hash(r.shape);
+  h.phase = static_cast<int>(worker_phase::running);
+  h.step = 25;
+  b.step(job_events::worker_connected{w(1), h});
+  SUBCASE("of before the fence") {
+    const auto list = b.say(1, r);
+    CHECK(!has_note(list, "deputy_decided"));
+    const auto asked = sent<prepare>(list);
+    REQUIRE(asked.size() == 1);
+    CHECK(asked[0].second.number >= b.machine.record().distrusted.fence);
+    b.answer(1, 2, 25);
+    // It was not waited for either: step 25 is no step of this run.
+    CHECK(b.machine.view().step < 25);
+  }
+  SUBCASE("of one that had, and found another liar") {
+    r.shape.generation = b.machine.record().distrusted.fence + 1;
+    r.distrusted = b.machine.record().distrusted;
+    r.distrusted.workers = {2};
+    h.generation = h.promised = r.shape.generation;
+    h.plan_hash = plan_hash(r.shape);
+    b.step(job_events::worker_connected{w(1), h});
+    const auto list = b.say(1, r);
+    CHECK(has_note(list, "deputy_decided"));
+    const auto released = all_of<actions::release>(list);
+    REQUIRE(released.size() == 1);
+    CHECK(released[0].worker == w(2));
+    CHECK(released[0].is_distrusted);
+  }
 }

@@ -272,3 +272,28 @@ TEST_CASE("resume goes on from a hold, once") {
   b.told(resume_stage{1, 1});
   CHECK(b.last.empty());
 }
+
+TEST_CASE("a worker greets with what is not trusted, and its deputy builds on no such checkpoint") {
+  bench b;
+  b.run();
+  b.told(checkpoint_durable{1, 20, 1281, 1020});
+  part_saved part;
+  part.job = 1;
+  part.generation = 1;
+  part.step = 20;
+  b.said(part);
+  prepare rollback{1, 1002};
+  rollback.distrusted.fence = 1002;
+  rollback.distrusted.step = 10;
+  b.told(rollback);
+  b.step(worker_events::disconnected{});
+  b.step(worker_events::connected{20});
+  const auto greetings = b.sent<hello>();
+  REQUIRE(greetings.size() == 1);
+  CHECK(greetings[0].distrusted == rollback.distrusted);
+  b.told(welcome{1, 2, 1000});
+  CHECK(b.sent<part_saved>().empty());
+  b.told(stop_stage{1, "done"});
+  b.step(worker_events::connected{0});
+  CHECK(b.sent<hello>().at(0).distrusted.fence == 0);
+}

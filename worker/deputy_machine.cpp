@@ -224,10 +224,19 @@ void deputy_machine::stand(const std::string& why) {
   r.record.started_unix_ms = 1;  // not told to anybody; it did start
   r.generation = generation_record{newest.shape, newest.source, newest.step,
                                    newest.chain, newest.reason, newest.unix_ms};
+  r.record.distrusted = own.distrusted;
+  for (const auto& [worker, p] : peers_) {
+    const distrust& heard = p.greeting.distrusted;
+    if (is_recent(p.agreed_ms) && heard.fence > r.record.distrusted.fence)
+      r.record.distrusted = heard;
+  }
+  const distrust& distrusted = r.record.distrusted;
   checkpoint_durable durable = facts_->durable;
   for (const auto& [worker, p] : peers_) {
     if (is_recent(p.agreed_ms) && p.durable.seq > durable.seq) durable = p.durable;
   }
+  const bool is_spoilt = plan_.generation < distrusted.fence && durable.step > distrusted.step;
+  if (is_spoilt) durable = {};
   if (durable.seq > 0) {
     checkpoint_record c;
     c.job = plan_.job;

@@ -150,6 +150,7 @@ void worker_machine::told(const prepare& x) {
     }
     return;
   }
+  learn(x.distrusted);
   promised_ = x.number;
   promised_to_ = speaker_;
   phase_ = worker_phase::prepared;
@@ -162,6 +163,17 @@ void worker_machine::told(const prepare& x) {
   feed_ready_.reset();
   fed_.reset();
   tell(x);
+}
+
+/// What is durable, or written and on its way to be, may be among what is not trusted: of no use to
+/// who decides next.
+void worker_machine::learn(const distrust& x) {
+  const bool is_new = x.fence > distrusted_.fence;
+  if (x.fence >= distrusted_.fence) distrusted_ = x;
+  if (!is_new) return;
+  if (durable_.step > x.step) durable_ = {};
+  std::erase_if(parts_,
+                [&x](const part_saved& p) { return p.generation < x.fence && p.step > x.step; });
 }
 
 /// A joiner is given its job by its first feed.
@@ -196,6 +208,7 @@ void worker_machine::told(const commit& x) {
     ++stale_messages_;
     return;
   }
+  learn(x.distrusted);
   generation_ = x.shape.generation;
   plan_hash_ = plan_hash(x.shape);
   phase_ = worker_phase::loading;
@@ -270,6 +283,7 @@ void worker_machine::forget_job() {
   promised_to_.clear();
   commit_.reset();
   durable_ = {};
+  distrusted_ = {};
   leave_deputy();
   is_dropping_ = false;
   answer_.reset();
@@ -435,7 +449,7 @@ void worker_machine::decide_by(const to_coordinator& message) {
 void worker_machine::say_plan() {
   if (!commit_ || commit_->decided_by.empty()) return;
   send(plan_report{job_, commit_->shape, commit_->source, commit_->step, commit_->chain,
-                   commit_->reason, commit_->decided_by, commit_->unix_ms});
+                   commit_->reason, commit_->decided_by, commit_->unix_ms, commit_->distrusted});
 }
 
 /// After each welcome: all that a coordinator may have missed. It drops what it knows.
@@ -464,6 +478,7 @@ hello worker_machine::greeting() const {
   h.step = step_;
   h.promised = promised_;
   h.promised_to = promised_to_;
+  h.distrusted = distrusted_;
   return h;
 }
 

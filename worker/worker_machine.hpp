@@ -150,6 +150,7 @@ class worker_machine {
   void told(const give_order& x);
   void told(const resume_stage& x);
   void told(const checkpoint_durable& x);
+  void learn(const distrust& x);
   void told(const audit& x);
   void told(const stop_audit& x);
   void told(const stop_stage& x);
@@ -218,6 +219,7 @@ class worker_machine {
   std::uint64_t job_ = 0;
   std::uint64_t generation_ = 0, plan_hash_ = 0;  // of the newest commit that was taken
   std::uint64_t promised_ = 0;                    // answered (or answering) prepare of this number
+  distrust distrusted_;                           // of its job, the newest that it was told
   std::uint64_t audit_ = 0;                       // window that is computed again; 0: none
   bool is_dropping_ = false;                      // the trainer was told, its answer is not here
   std::uint64_t step_ = 0;
