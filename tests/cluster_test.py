@@ -199,6 +199,9 @@ def group_feeds():
             disturb(cluster, job)
             cluster.finish(job)
             events.extend(cluster.call("GET", f"/jobs/{job}/events")["events"])
+            logs = "".join(path.read_text(errors="replace") for path in (cluster.folder / "logs").glob("w*.log"))
+            strange = [line for line in logs.splitlines() if "job=9223372036" in line]
+            check(not strange, f"a feed's end is no lost link of a job: {strange[:2]}")
 
         view = run(f"feed{i}", path, workers, disturbed)
         same(view, steps, words)

@@ -17,9 +17,6 @@ constexpr std::size_t vote_bytes_max = 1 << 16;
 constexpr std::size_t queue_bytes_floor = 64 << 20;
 constexpr std::size_t queued_rounds_max = 8;
 
-// Apart from all jobs: the feed's links live beside those of its job's generation.
-constexpr std::uint64_t feed_links = 1ull << 63;
-
 void append(std::vector<std::byte>& to, const void* from, std::size_t bytes) {
   const auto* p = static_cast<const std::byte*>(from);
   to.insert(to.end(), p, p + bytes);
@@ -83,7 +80,8 @@ feeder::~feeder() {
   if (follower_.joinable()) follower_.join();
 }
 
-job_id feeder::links_job() const { return static_cast<job_id>(feed_links | order_.request); }
+/// Apart from all jobs: the feed's links live beside those of its job's generation.
+job_id feeder::links_job() const { return static_cast<job_id>(beside_jobs | order_.request); }
 
 void feeder::give_up(const std::string& why) {
   bool is_quiet = false;

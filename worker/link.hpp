@@ -20,6 +20,10 @@
 
 namespace stagecoach {
 
+/// Ids from here on name no job: sets beside those of jobs (a feed's, by its request). Whoever
+/// opened one says in its log what a lost link means there.
+inline constexpr std::uint64_t beside_jobs = 1ull << 63;
+
 /// What a frame is for. With (step, number) it names one message between two ranks.
 enum class link_tag : std::uint32_t {
   activation = 1,  // number = microbatch

@@ -203,9 +203,14 @@ struct set_state {
     return fmt::format("rank {} ({} at {}:{})", peer, p.name.empty() ? "unnamed" : p.name, p.host,
                        p.port);
   }
+  std::string owner() const {
+    const std::uint64_t id = value(identity.job);
+    return identity.is_beside() ? fmt::format("feed {}", id - beside_jobs)
+                                : fmt::format("job {}", id);
+  }
   error cancelled_error() const {
-    return make_error(errc::cancelled, "links of job {} generation {} were cancelled",
-                      value(identity.job), identity.generation.number);
+    return make_error(errc::cancelled, "links of {} generation {} were cancelled", owner(),
+                      identity.generation.number);
   }
 
   /// Wakes every waiter; from any thread.
@@ -719,9 +724,8 @@ class core {
     const peer_link& p = set.link(peer);
     const auto waited = std::chrono::duration_cast<milliseconds>(steady::now() - set.opened_at);
     return make_error(p.last_code == errc::unauthorised ? errc::unauthorised : errc::unreachable,
-                      "no link to {} of job {} generation {} after {} ms: {}", set.peer_text(peer),
-                      value(set.identity.job), set.identity.generation.number, waited.count(),
-                      p.last_cause);
+                      "no link to {} of {} generation {} after {} ms: {}", set.peer_text(peer),
+                      set.owner(), set.identity.generation.number, waited.count(), p.last_cause);
   }
 
   // ---- standing
@@ -744,7 +748,7 @@ class core {
     set->now = phase::standing;
     log_event(
         level::debug, "links_opened",
-        {{"job", value(set->identity.job)},
+        {whose(*set),
          {"generation", set->identity.generation.number},
          {"rank", set->rank},
          {"size", set->size()},
@@ -785,6 +789,11 @@ class core {
     set->on_event(peer, what, why);
   }
 
+  static log_field whose(const set_state& set) {
+    const std::uint64_t id = value(set.identity.job);
+    return set.identity.is_beside() ? log_field{"feed", id - beside_jobs} : log_field{"job", id};
+  }
+
   /// A standing link broke. What it delivered can still be received.
   void lose(const set_ptr& set, int peer, errc code, const std::string& why) {
     peer_link& p = set->link(peer);
@@ -800,8 +809,8 @@ class core {
     p.arrived.notify_all();
     p.drained.notify_all();
     if (set->cancelled) return;  // we leave too: no news
-    log_event(level::warn, "link_lost",
-              {{"job", value(set->identity.job)},
+    log_event(set->identity.is_beside() ? level::debug : level::warn, "link_lost",
+              {whose(*set),
                {"generation", set->identity.generation.number},
                {"rank", set->rank},
                {"peer", peer},
@@ -1018,8 +1027,8 @@ class core {
     if (!p.suspected && now - p.last_byte >= options_.suspect_after) {
       p.suspected = true;
       const auto silent = std::chrono::duration_cast<milliseconds>(now - p.last_byte).count();
-      log_event(level::warn, "link_suspected",
-                {{"job", value(set->identity.job)},
+      log_event(set->identity.is_beside() ? level::debug : level::warn, "link_suspected",
+                {whose(*set),
                  {"generation", set->identity.generation.number},
                  {"rank", set->rank},
                  {"peer", peer},

@@ -30,6 +30,7 @@ inline constexpr std::uint32_t link_protocol_version = 1;
 struct link_identity {
   job_id job{};
   generation_id generation;
+  bool is_beside() const { return value(job) >= beside_jobs; }
   bool operator==(const link_identity&) const = default;
 };
 
