@@ -2,8 +2,14 @@
 
 #include <fmt/format.h>
 #include <xxhash.h>
+// The library's own choice of the vector path when the program runs, where it was built with one:
+// the same hashes, four times as fast as the SSE2 that this program is compiled for.
+#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
+#include <xxh_x86dispatch.h>
+#endif
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "config/result.hpp"
@@ -118,6 +124,11 @@ tensor_hash& tensor_hash::operator+=(const tensor_hash& other) {
 }
 
 tensor_hash hash_tensor(const std::string& name, const float* values, std::int64_t count) {
+  // The choice is made by the first call, which nobody else may be beside.
+  [[maybe_unused]] static const bool is_chosen = [] {
+    const std::array<char, 1024> some{};
+    return XXH3_128bits_withSeed(some.data(), some.size(), 0).low64 != 0;
+  }();
   tensor_hash sum;
   for (std::int64_t offset = 0; offset < count; offset += hash_chunk_count) {
     const std::int64_t chunk = std::min(hash_chunk_count, count - offset);

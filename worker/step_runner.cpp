@@ -532,8 +532,8 @@ result<vote_result> step_runner::vote(std::uint64_t step, std::uint64_t chain,
   }
   if (auto got = receive_for_copies(step); !got) return got.err();
   // Every step, and before anyone applies it: what a flipped bit gave to this step's gradients is
-  // dropped with it, and a replica that is whole stands at a state that nothing has touched. 20
-  // GB/s on one core; a step reads the weights far more often.
+  // dropped with it, and a replica that is whole stands at a state that nothing has touched. Some
+  // 20 to 75 GB/s on one core; a step reads the weights far more often.
   {
     stopwatch hashing(times_.hash_us);
     mine.weights = stage_.tensor_hashes();
