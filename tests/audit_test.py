@@ -57,6 +57,27 @@ def group_vote():
         if expected:
             check(found == expected, f"{words}: found {found}")
 
+    # Who was wrong is not known yet when the coordinator dies: its successor finds out.
+    words = "two replicas, and the coordinator killed while the case is open"
+    cluster = Cluster("audit-open")
+    try:
+        cluster.start_coordinator()
+        for n in (1, 2):
+            cluster.start_worker(*(["--inject", "flip@60"] if n == 2 else []))
+        job = cluster.submit(job_file("audit-open", steps, "1..2", explicit(1, 2), "20 steps"))
+        until = time.time() + 60
+        while time.time() < until and not corruption_of(cluster, job):
+            time.sleep(0.005)
+        cluster.kill_coordinator()
+        cluster.start_coordinator()
+        same(cluster.finish(job), steps, words)
+        found = [f for f in corruption_of(cluster, job) if f[1]]
+        check(found == [("vote", "w1, w2"), ("redo", "w2")], f"{words}: found {found}")
+        drained = [w["name"] for w in cluster.call("GET", "/workers")["workers"] if w["state"] == "DRAINED"]
+        check(drained == ["w2"], f"{words}: {drained} is out of service")
+    finally:
+        cluster.close()
+
 
 def group_replay():
     steps = 120

@@ -289,6 +289,25 @@ TEST_CASE("the newest checkpoint is found with all that loading it needs") {
   CHECK(s.find(4).newest->step == 0);
 }
 
+TEST_CASE("what a generation below the fence saved after its step is neither found nor kept") {
+  saved_steps s;
+  for (std::uint64_t i = 0; i < 4; ++i) REQUIRE(s.save(5 * i, i + 1).is_ok);
+  distrust spoilt;
+  spoilt.fence = 2;
+  spoilt.step = 5;
+  CHECK(s.keeper.find(s.job, {s.job.id, {}, 9, ~0ull, spoilt}).newest->step == 5);
+  spoilt.bad_saves = {2};
+  CHECK(s.keeper.find(s.job, {s.job.id, {}, 9, ~0ull, spoilt}).newest->step == 0);
+  spoilt.bad_saves.clear();
+  spoilt.fence = 1;  // these are of generation 1
+  CHECK(s.keeper.find(s.job, {s.job.id, {}, 9, ~0ull, spoilt}).newest->step == 15);
+  // One that is distrusted does not count among those to keep.
+  spoilt.fence = 2;
+  std::vector<std::string> problems;
+  (void)s.keeper.retire(s.job, {s.job.id, {}, 1, 0, spoilt}, problems);
+  CHECK(s.keeper.find(s.job, {s.job.id, {}, 9, ~0ull, spoilt}).newest->step == 5);
+}
+
 TEST_CASE("a checkpoint of another job that had the same id and name is not taken") {
   saved_steps s;
   s.job.submitted_unix_ms = 1'000;
