@@ -114,7 +114,8 @@ struct bench {
   std::string corruption() const {
     std::string text;
     for (const auto& n : all_of<actions::note>(seen)) {
-      if (n.record.kind == "silent_corruption") text += n.record.fields.at("workers") + ";";
+      if (n.record.kind == "silent_corruption" && n.record.fields.count("workers") != 0)
+        text += n.record.fields.at("workers") + ";";
     }
     return text;
   }
@@ -278,6 +279,23 @@ TEST_CASE("after the last step the members' weights are compared before the job 
     REQUIRE(all_of<actions::release>(list).size() == 1);
     CHECK(all_of<actions::release>(list)[0].worker == w(3));
   }
+}
+
+TEST_CASE("the one that is wrong after the last step saved it too: saved again from the others") {
+  bench b(3);
+  b.report(100);
+  b.save(100, wrong);
+  b.say(1, finished{1, 1, 100, wrong});
+  b.say(2, finished{1, 1, 100, right});
+  const auto list = b.say(3, finished{1, 1, 100, right});
+  CHECK(b.corruption().find("w1;") == 0);
+  CHECK(b.machine.checkpoints().count(100) == 0);
+  CHECK(b.machine.state() != job_state::completed);
+  b.answer(2, 1, 100);
+  const auto committed = sent<commit>(b.answer(3, 1, 100));
+  REQUIRE(committed.size() == 2);
+  CHECK(committed[0].second.source == source_kind::live);
+  CHECK(committed[0].second.save_at_start);
 }
 
 TEST_CASE("a final checkpoint that holds other weights than its workers is written again") {
