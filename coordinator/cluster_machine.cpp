@@ -48,7 +48,8 @@ cluster_machine::cluster_machine(restored_records restored, std::string checkpoi
       problems_(std::move(restored.problems)) {
   ++meta_.incarnation;
   for (auto& [id, record] : restored.workers) workers_[id].record = std::move(record);
-  for (auto& [id, job] : restored.jobs) jobs_.emplace(id, job_machine(std::move(job), rules_));
+  for (auto& [id, job] : restored.jobs)
+    jobs_.emplace(id, job_machine(std::move(job), rules_, shares_.leaves));
 }
 
 std::vector<action> cluster_machine::start() {
@@ -328,7 +329,7 @@ void cluster_machine::on(const events::submit_job& e) {
     job.record.spec.checkpoint.store = checkpoint_root_ + "/" + to_string(id);
   }
   out_.push_back(actions::save{{meta_row()}, false});
-  jobs_.emplace(id, job_machine(std::move(job), rules_));
+  jobs_.emplace(id, job_machine(std::move(job), rules_, shares_.leaves));
   tell(id, job_events::tick{now_ms_, unix_ms_});
   tell(id, job_events::submitted{unix_ms_, e.reply});
   is_place_due_ = true;
@@ -585,6 +586,7 @@ std::string cluster_machine::why(job_id id) const {
   std::string text = fmt::format("{}{}", v.state, v.reason.empty() ? "" : ": " + v.reason);
   if (job.state() != job_state::pending && job.state() != job_state::recovering) {
     if (v.recovery_count > 0) text += fmt::format("\n  recovered {} times", v.recovery_count);
+    if (!job.balance().empty()) text += "\n  leaves  " + job.balance();
     return text;
   }
   int attached = 0, free = 0;

@@ -88,13 +88,14 @@ struct audit_gathered {
 };
 }  // namespace events
 
-/// How jobs share workers. Milliseconds.
+/// How jobs share workers, and the replicas of a job its leaves. Milliseconds.
 struct fairness {
   // A job that was just placed has paid for its start: loading, and a checkpoint if it is taken out
   // again. Half a minute makes that a small part of what it runs.
   std::int64_t runtime_min = 30'000;
   // Slow enough that priorities mean something, fast enough that a person sees it happen.
   std::int64_t age_step = 600'000;
+  balance_rules leaves;
 };
 
 using event = std::variant<events::worker_attached, events::worker_detached, events::worker_said,

@@ -155,12 +155,17 @@ void job_machine::adopt(worker_id from, const hello& h, const plan_report& x) {
   }
   learn(x.distrusted);
 
+  // As the deputy shared the leaves out by them; a plan with other shares knew no times.
+  plan weighed = p;
+  std::vector<std::int64_t> leaf_us = weigh_leaves(weighed);
+  if (weighed != p) leaf_us.clear();
   generation_ = generation_record{p,
                                   x.source,
                                   x.step,
                                   x.chain,
                                   fmt::format("{} (decided by deputy {})", x.reason, x.decided_by),
-                                  x.unix_ms};
+                                  x.unix_ms,
+                                  std::move(leaf_us)};
   remember_generation();
   plan_hash_ = hash;
   number_ = std::max({number_, p.generation, h.promised});

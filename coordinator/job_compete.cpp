@@ -156,7 +156,7 @@ void job_machine::consider_yielded_hold() {
     release(worker, why);
   }
   is_after_loss_ = false;
-  is_shrunk_ = true;
+  keeps_size_ = true;
   start_preparing("shrink: " + why);
 }
 

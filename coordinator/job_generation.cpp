@@ -101,7 +101,7 @@ void job_machine::start_preparing(const std::string& reason, std::uint64_t wait_
   orders_.clear();
   has_save_failed_ = false;
   drop_yield();  // who waits asks again once this job runs
-  if (is_after_loss_) is_shrunk_ = false;
+  if (is_after_loss_) keeps_size_ = false;
   feed_.reset();  // workers end it with the prepare
   wait_step_ = wait_step;
   before_switch_.reset();
@@ -294,9 +294,10 @@ void job_machine::commit_generation(const choice& c) {
     const worker_facts& f = members_.at(worker).facts;
     p.members.push_back({f.id, f.process, f.name, f.link_host, f.link_port});
   }
+  const std::vector<std::int64_t> leaf_us = weigh_leaves(p);
   invariant(static_cast<int>(p.members.size()) == p.shape.worker_count(),
             "a plan has a member for every stage of every replica");
-  generation_ = generation_record{p, c.source, c.step, c.chain, reason_, unix_ms_};
+  generation_ = generation_record{p, c.source, c.step, c.chain, reason_, unix_ms_, leaf_us};
   remember_generation();
   plan_hash_ = plan_hash(p);
   record_.generation = number_;
@@ -347,6 +348,7 @@ void job_machine::commit_generation(const choice& c) {
   x.chain = c.chain;
   x.transfers = c.transfers;
   x.roll_forward = c.roll_forward;
+  x.leaf_us = leaf_us;
   if (c.source == source_kind::checkpoint) {
     x.parts = found_->parts;
     x.expected_weights_hash = found_->weights_hash;
@@ -473,7 +475,8 @@ void job_machine::consider_running() {
   }
   enter(phase::running);
   if (running_since_ms_ < 0) running_since_ms_ = now_ms_;
-  is_shrunk_ = false;
+  watch_.restart(now_ms_);
+  keeps_size_ = false;
   final_saved_ms_ = -1;
   note("generation_started",
        fmt::format("generation {} runs from step {}", number_, generation_->step),
@@ -539,6 +542,7 @@ void job_machine::consider_adoption() {
   if (up_count == 0) return enter(phase::loading);
   enter(phase::running);
   running_since_ms_ = now_ms_;
+  watch_.restart(now_ms_);
   for (member* m : ranks) {
     m->is_finished = m->phase == worker_phase::finished;
     if (m->phase == worker_phase::ready) send(m->facts.id, run_stage{value(id()), number_});

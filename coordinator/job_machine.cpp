@@ -18,12 +18,13 @@ constexpr std::size_t chain_count_max = 8192;
 constexpr std::size_t step_us_count_max = 15;  // enough for a median, few enough to follow a change
 }  // namespace
 
-job_machine::job_machine(restored_job restored, detection rules)
+job_machine::job_machine(restored_job restored, detection rules, balance_rules leaves)
     : rules_(rules),
       record_(std::move(restored.record)),
       generation_(std::move(restored.generation)),
       checkpoints_(std::move(restored.checkpoints)),
-      next_event_(restored.next_event) {
+      next_event_(restored.next_event),
+      watch_(leaves) {
   number_ = std::max(record_.number, record_.generation);
   reported_step_ = record_.step;
   if (generation_) {
@@ -393,7 +394,8 @@ void job_machine::said(member& m, const progress& x) {
   for (const step_report& s : x.steps) {
     // A step that its generation began after is told again, for want of a report, and not redone.
     const bool is_retold = is_of_this && s.step <= generation_->step;
-    if (!is_retold && chains_.count(s.step) != 0) ++redone_steps_;
+    // Not by its chain: that of a step that was saved may be known before its report comes.
+    if (!is_retold && s.step <= newest_report_.step) ++redone_steps_;
     if (!is_retold || s.step > told_) news.push_back(s);
     check_chain(s.step, s.chain, m.facts.name);
     if (s.step > 0) take_weights_hash(s.step - 1, s.weights_hash);
@@ -719,7 +721,7 @@ worker_wish job_machine::wish(int free_suitable) const {
     case phase::finding: {
       // shrink: goes on with the survivors where they are enough; it may grow later.
       const bool is_smaller =
-          is_shrunk_ || (record_.spec.elasticity.on_loss == "shrink" && is_after_loss_);
+          keeps_size_ || (record_.spec.elasticity.on_loss == "shrink" && is_after_loss_);
       const bool shrinks = is_smaller && staying_count() >= workers_least();
       return shrinks ? worker_wish{} : worker_wish{std::min(1, missing), missing, false};
     }

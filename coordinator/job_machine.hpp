@@ -32,6 +32,7 @@
 #include "config/result.hpp"
 #include "coordinator/messages.hpp"
 #include "coordinator/records.hpp"
+#include "model/leaf_shares.hpp"
 #include "model/plan.hpp"
 
 namespace stagecoach {
@@ -356,7 +357,7 @@ class job_machine {
   /// restored: a new job (record only) or all that the store holds. A job whose record says running
   /// waits for the members of its newest generation (adopting). unix_ms, now_ms as of the first
   /// tick.
-  explicit job_machine(restored_job restored, detection rules = {});
+  explicit job_machine(restored_job restored, detection rules = {}, balance_rules leaves = {});
 
   [[nodiscard]] std::vector<action> step(const job_event& e);  // carry out in this order
 
@@ -383,6 +384,9 @@ class job_machine {
   const std::string& waits_for() const { return waits_for_; }
   /// "preparing", "loading", ...; what is not in the state.
   const char* phase_name() const;
+
+  /// Words on the newest move of leaves between replicas, with the figures; empty: none yet.
+  const std::string& balance() const { return balance_; }
 
   // ---- among other jobs (job_compete.cpp) ----
   int priority() const { return record_.priority.value_or(record_.spec.priority); }
@@ -584,6 +588,10 @@ class job_machine {
   void fail_feed(const std::string& why);
   void note_switch(const step_report& first);
 
+  // Slow and fast replicas (job_balance.cpp).
+  void start_balancing();
+  std::vector<std::int64_t> weigh_leaves(plan& p) const;
+
   // Saves and the end.
   void saved(const part_saved& x, worker_id from);
   std::vector<part_saved> whole_save(const std::vector<part_saved>& parts) const;
@@ -692,9 +700,13 @@ class job_machine {
   // Among other jobs.
   std::string suspended_for_;  // words: for whom; empty: it is not to be suspended
   std::string shrunk_for_;     // words: for whom members leave
-  bool is_shrunk_ = false;     // the generation being prepared is a smaller one on purpose
+  bool keeps_size_ = false;    // the generation being prepared is no larger on purpose
   std::int64_t owed_ms_ = 0;
   std::int64_t running_since_ms_ = -1;  // -1: it waits
+
+  // Slow and fast replicas.
+  leaf_watch watch_;
+  std::string balance_;  // words: the newest move, with its figures
 
   // A hold.
   std::int64_t change_since_ms_ = -1;  // a voluntary change is wanted since; -1: no

@@ -52,6 +52,7 @@ void job_machine::consider_change() {
       send(worker, stop_stage{value(id()), "no layout uses it"});
       release(worker, "no layout uses it");
     }
+    if (!is_draining) start_balancing();
     return;
   }
   if (change_since_ms_ < 0) change_since_ms_ = now_ms_;
@@ -166,6 +167,11 @@ void job_machine::consider_hold() {
     }
     is_after_loss_ = false;
     return start_preparing("drain" + names);
+  }
+  if (hold_reason_ == "balance") {
+    is_after_loss_ = false;
+    keeps_size_ = true;
+    return start_preparing("balance: " + balance_);
   }
   if (hold_reason_ == "grow" && grown_count(0) > planned_count()) {
     is_after_loss_ = false;

@@ -314,6 +314,9 @@ struct commit {
   std::string decided_by{}, reason{};  // a deputy's name and why; empty: the coordinator decided
   std::int64_t unix_ms = 0;            // when, in that case
   distrust distrusted{};
+  // By rank, as measured when leaves last moved, so that a deputy shares them out as the
+  // coordinator would; empty: even shares.
+  std::vector<std::int64_t> leaf_us{};
 };
 
 struct run_stage {
@@ -505,7 +508,7 @@ STAGECOACH_FIELDS(commit, v("plan", m.shape), v("spec", m.spec), v("source", m.s
                   v("save_at_start", m.save_at_start), v("checkpoint_folder", m.checkpoint_folder),
                   v("retell_rank", m.retell_rank), v("retell_after", m.retell_after),
                   v("decided_by", m.decided_by), v("reason", m.reason), v("unix_ms", m.unix_ms),
-                  v("distrusted", m.distrusted))
+                  v("distrusted", m.distrusted), v("leaf_us", m.leaf_us))
 STAGECOACH_FIELDS(run_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation), v("order", m.order),
                   v("kind", m.kind), v("with", m.with))

@@ -2,7 +2,7 @@
 """The exactness promise with real processes: layouts, kills, restarts, damaged stores; always the same hash.
 
 usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | feeds | sharded | restarts | store |
-                                        deputy | compete
+                                        deputy | compete | stragglers
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 sys.dont_write_bytecode = True
@@ -503,8 +504,51 @@ def group_elastic():
           f"five workers to one and back to five: {view['state']} {view['weights_hash']} {view.get('reason') or ''}")
 
 
+def group_stragglers():
+    """One of two replicas is stopped for half of the time: it gets fewer leaves, and the hash is the same."""
+    steps = 600
+    path = job_file("slow", steps, "2", explicit(1, 2), "400 steps")
+    cluster = Cluster("stragglers")
+    ended = threading.Event()
+
+    def hinder(worker):
+        while not ended.is_set():
+            worker.send_signal(signal.SIGSTOP)
+            time.sleep(0.06)
+            worker.send_signal(signal.SIGCONT)
+            time.sleep(0.04)
+
+    try:
+        cluster.start_coordinator("--rebalance-after", "2")
+        for _ in range(2):
+            cluster.start_worker()
+        job = cluster.submit(path)
+        cluster.wait_step(job, 20)
+        slow = cluster.members(job)[1]
+        thread = threading.Thread(target=hinder, args=(cluster.workers[slow],))
+        thread.start()
+
+        def leaves(view):
+            if not view.get("plan"):
+                return {}
+            cuts = view["plan"]["leaf_cuts"]
+            return {m["name"]: cuts[m["replica"] + 1] - cuts[m["replica"]] for m in view["plan"]["members"]}
+        moved = cluster.wait(job, lambda v: v["state"] == "COMPLETED" or
+                             (leaves(v).get(slow, 4) < 4 and v["state"] == "RUNNING"), 60, "fewer leaves for the slow one")
+        check(leaves(moved).get(slow, 4) < 4, f"the slow worker has fewer leaves: {leaves(moved)}")
+        check(moved["recoveries"] == 0 and moved["redone_steps"] == 0, "nobody was given up and no step done again")
+        words = cluster.cli("why", job).stdout
+        check(f"{slow} took" in words, f"why says it with figures: {words.strip()}")
+        ended.set()
+        thread.join()
+        same(cluster.finish(job), steps, "a run in which leaves moved")
+    finally:
+        ended.set()
+        cluster.close()
+
+
 if __name__ == "__main__":
     sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "feeds": group_feeds,
                    "sharded": group_sharded,
                    "restarts": group_restarts, "store": group_store, "deputy": group_deputy,
-                   "compete": group_compete, "elastic": group_elastic}))
+                   "compete": group_compete, "stragglers": group_stragglers, "elastic": group_elastic}))

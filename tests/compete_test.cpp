@@ -10,7 +10,7 @@ namespace {
 
 /// Workers answer at once: a prepare with nothing held, a commit with ready, orders when told to.
 struct bench {
-  bench() : machine(restored_records{}, "/checkpoints", detection{}, {10'000, 100'000}) {
+  bench() : machine(restored_records{}, "/checkpoints", detection{}, {10'000, 100'000, {}}) {
     (void)machine.start();
     tick(0);
   }

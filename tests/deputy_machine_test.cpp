@@ -289,6 +289,40 @@ TEST_CASE("a deputy in the middle of a rollback goes back too, whoever heard of 
   CHECK(has_looked);
 }
 
+TEST_CASE("a deputy's generation shares the leaves out by the times that its plan came with") {
+  bench b(1, 3);
+  b.newest.spec.batch.global_sequences = 32;  // two go on as replicas, not as stages
+  b.newest.leaf_us = {100, 200, 100};
+  b.wait(1'500);
+  b.answers(2);
+  b.gone(3);
+  b.step(deputy_events::reported{"p1", b.holds(2, 21)});
+  b.step(deputy_events::reported{"p2", b.holds(2, 21)});
+  const auto commits = b.ordered<commit>();
+  REQUIRE(commits.size() == 2);
+  CHECK(commits[0].second.shape.shape.leaf_cuts == std::vector<int>{0, 6, 8});
+  CHECK(commits[0].second.leaf_us == std::vector<std::int64_t>{100, 200});
+}
+
+TEST_CASE("a deputy moves no leaves of itself") {
+  bench b(1, 2);
+  b.wait(1'500);
+  for (int s = 0; s < 100; ++s) {
+    b.facts.pulse = beat{1, 1, static_cast<std::uint64_t>(20 + s), 5};
+    b.facts.pulse.leaf_us = 100;
+    canvassed x;
+    x.from = "p2";
+    x.job = 1;
+    x.greeting = greeting_of(2, b.newest);
+    x.pulse = b.facts.pulse;
+    x.pulse.leaf_us = 900;
+    b.step(deputy_events::answered{x});
+    b.wait(1'000);
+    CHECK(b.ordered<give_order>().empty());
+  }
+  CHECK(b.machine.is_standing());
+}
+
 TEST_CASE("no PREPARE without a mandate at that moment") {
   bench b(1, 3);
   b.wait(1'500);

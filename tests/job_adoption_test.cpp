@@ -91,6 +91,23 @@ TEST_CASE("a deputy's generation is stored, noted with its name and reason, and 
   CHECK(sent<prepare>(b.last).empty());
 }
 
+TEST_CASE("the shares of a deputy's plan outlive the coordinator's return") {
+  restored_job r = bench::known();
+  r.generation->leaf_us = {100, 200, 100};
+  bench b;
+  b.machine = job_machine(r);
+  b.tick();
+  plan theirs = plan_of(4, {2, 3});
+  theirs.shape = r.generation->shape.shape;
+  theirs.shape.replica_count = 2;
+  theirs.shape.leaf_cuts = {0, 3, 8};
+  b.connect(2, theirs);
+  b.tick();
+  b.report(2, theirs);
+  CHECK(b.machine.generation()->shape == theirs);
+  CHECK(b.machine.generation()->leaf_us == std::vector<std::int64_t>{200, 100});
+}
+
 TEST_CASE("a worker that claims a newer plan and does not say which is set aside") {
   bench b;
   b.connect(1, plan_of(3, {1, 2, 3}));

@@ -91,8 +91,9 @@ TEST_CASE("a worker greets, is welcomed, and beats once a period") {
   CHECK(b.machine.id() == 7);
   b.step(worker_events::tick{1000, 0});
   CHECK(b.sent<beat>().empty());
-  b.step(worker_events::tick{1100, 0});
-  CHECK(b.sent<beat>().size() == 1);
+  b.step(worker_events::tick{1100, 0, {}, 0, 700});
+  REQUIRE(b.sent<beat>().size() == 1);
+  CHECK(b.sent<beat>()[0].leaf_us == 700);
 }
 
 TEST_CASE("beats say what the trainer's thread is at, and come closer while it stands") {

@@ -20,7 +20,7 @@ struct daemon_flags {
   std::string token_file, name, link_host, isa;
   std::uint16_t link_port = 0;
   int threads = 1;
-  double preempt_after_s = 30;
+  double preempt_after_s = 30, rebalance_after_s = 30;
   bool insecure = false;
   std::vector<std::string> labels, faults;
 };
@@ -48,6 +48,7 @@ exit_code run_coordinator(const global_flags& flags, const daemon_flags& own) {
   options.tls = flags.tls();
   options.insecure = own.insecure;
   options.shares.runtime_min = static_cast<std::int64_t>(own.preempt_after_s * 1000);
+  options.shares.leaves.cool_down_ms = static_cast<std::int64_t>(own.rebalance_after_s * 1000);
   if (!own.token_file.empty()) {
     std::ifstream file(own.token_file);
     if (!(file >> options.token))
@@ -132,6 +133,9 @@ void add_coordinator(command_line c) {
   app->add_option("--token-file", own->token_file, "read-only bearer token (needs TLS)");
   app->add_option("--preempt-after", own->preempt_after_s,
                   "seconds that a job runs before a higher one may take its workers (default 30)")
+      ->check(CLI::Range(0.0, 86400.0));
+  app->add_option("--rebalance-after", own->rebalance_after_s,
+                  "seconds between two moves of leaves from slow workers to fast ones (default 30)")
       ->check(CLI::Range(0.0, 86400.0));
   add_daemon_flags(app, own);
   app->callback([c, own] { c.run = [c, own] { return run_coordinator(c.flags, *own); }; });

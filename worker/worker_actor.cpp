@@ -273,7 +273,8 @@ class running_worker : public worker {
                                std::chrono::system_clock::now().time_since_epoch())
                                .count();
       const trainer::status shown = training_now->now();
-      caf::anon_send(to, worker_event{worker_events::tick{now, shown.step, shown.pulse, unix_ms}});
+      caf::anon_send(to, worker_event{worker_events::tick{now, shown.step, shown.pulse, unix_ms,
+                                                          shown.leaf_us}});
     });
     return ok();
   }

@@ -63,6 +63,7 @@ void worker_machine::on(const worker_events::tick& e) {
   now_ms_ = e.now_ms;
   follow(e.step);
   unix_ms_ = e.unix_ms;
+  leaf_us_ = e.leaf_us;
   if (decider_ && !is_own_deputy() && own_ms_ - decider_heard_ms_ >= deputy_.rules().follow) {
     leave_deputy();
   }
@@ -81,6 +82,7 @@ beat worker_machine::pulse_now() const {
   b.activity = static_cast<int>(pulse_.activity);
   b.waits_for = pulse_.waits_for;
   b.stands_ms = own_ms_ - moved_own_ms_;
+  b.leaf_us = leaf_us_;
   return b;
 }
 

@@ -167,6 +167,7 @@ class cluster {
   void change_priority();
   void check_preemption(const event_record& e);
   void check_size(const commit& c);
+  void check_moves(const event_record& e);
   /// Something happened that excuses a gang that does not start; its effects last that long.
   void disturb(us for_us = 0) {
     ++disturbances_;
@@ -190,6 +191,7 @@ class cluster {
   void load(const process_ptr& p, const commit& c);
   void exchange(const process_ptr& p, std::uint64_t epoch);
   void run_trainer(const process_ptr& p);
+  us leaf_us(const process_ptr& p);
   void begin_step(const process_ptr& p);
   void end_compute(const process_ptr& p, std::uint64_t epoch);
   void give_to_copies(const process_ptr& p);
@@ -278,7 +280,8 @@ class cluster {
   std::uint64_t disturbances_ = 0;
   us quiet_since_ = 0;
   std::map<std::uint64_t, std::uint64_t> starts_;   // by job: commits so far
-  std::map<std::uint64_t, std::uint64_t> applied_;  // by job: newest step that anyone applied
+  std::map<std::uint64_t, std::int64_t> started_;   // by job: unix_ms of its newest generation
+  std::map<std::uint64_t, std::uint64_t> applied_;  // by job: newest of its newest plan
   us faults_until_ = 0, ended_us_ = -1;
   bool are_faults_on_ = true;
   int worker_count_ = 0;

@@ -38,6 +38,9 @@ void cluster::set_up(std::uint64_t seed) {
   const bool is_contest = chance(0.2);
   if (is_contest) rates_ = {};
   rates_.priority = rate(0.2);
+  rates_.pace = rate(0.1);
+  shares_.leaves.ms = static_cast<std::int64_t>(draw(0, 3'000));
+  shares_.leaves.cool_down_ms = static_cast<std::int64_t>(draw(1'000, 10'000));
   shares_.runtime_min = static_cast<std::int64_t>(draw(200, 5'000));
   shares_.age_step = static_cast<std::int64_t>(draw(5'000, 60'000));
   faults_until_ = delay(10 * second, 60 * second);

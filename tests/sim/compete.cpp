@@ -38,6 +38,23 @@ void cluster::check_preemption(const event_record& e) {
   });
 }
 
+/// Leaves don't go to and fro: one move in a cool-down, and that long after a generation began, by
+/// the coordinator's time, which a slow disk holds up.
+void cluster::check_moves(const event_record& e) {
+  const std::uint64_t job = value(e.job);
+  if (e.kind == "leaves_moved") {
+    ++result_.leaf_moves;
+    const auto started = started_.find(job);
+    if (started != started_.end() &&
+        e.unix_ms - started->second < shares_.leaves.cool_down_ms - 200) {
+      violate("leaves of job {} move {} ms after its generation began", job,
+              e.unix_ms - started->second);
+    }
+  } else if (e.kind == "generation_started" || e.kind == "generation_adopted") {
+    started_[job] = e.unix_ms;
+  }
+}
+
 /// A generation has no fewer workers than its job asks for.
 void cluster::check_size(const commit& c) {
   const std::uint64_t job = value(c.shape.job);
@@ -54,10 +71,18 @@ void cluster::check_size(const commit& c) {
   const auto row = from_json_text<generation_record>(
       rows_.at(keys::generation(c.shape.job, c.shape.generation)));
   const bool is_shrink = row && row->reason.starts_with("shrink");
+  const bool is_balance = row && row->reason.starts_with("balance");
+  // Where replicas share the optimizer's moments they load what they are given of the weights anew.
+  const bool has_moved = !c.transfers.empty() && !spec.parallelism.shard_optimizer;
+  if (is_balance && now_ >= quiet_since_ && (c.step < applied_[job] || has_moved)) {
+    violate("generation {} of job {} moves leaves, {} tensors and {} steps back",
+            c.shape.generation, job, c.transfers.size(), applied_[job] - c.step);
+  }
   if (is_shrink && now_ >= quiet_since_ && c.step < applied_[job]) {
     violate("generation {} of job {} gives workers away and starts at step {}; step {} was done",
             c.shape.generation, job, c.step, applied_[job]);
   }
+  applied_[job] = c.step;  // a loss may have taken what was done after it
 }
 
 }  // namespace stagecoach::sim

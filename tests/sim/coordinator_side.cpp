@@ -181,6 +181,7 @@ void cluster::carry_out(const coordinator_ptr& c, action& a) {
     if (e.kind == "deputy_decided") ++result_.adoptions;
     if (e.kind == "generations_merged") ++result_.merges;
     check_preemption(e);
+    check_moves(e);
   }
 }
 

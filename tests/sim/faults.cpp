@@ -44,6 +44,10 @@ void cluster::faults() {
   }
   constexpr double period = 0.1;
   if (chance(rates_.priority * period)) change_priority();
+  if (auto p = pick(); p && chance(rates_.pace * period)) {
+    p->step_ms = static_cast<int>(draw(5, 300));
+    say("{} takes {} ms for a step alone now", p->name, p->step_ms);
+  }
   if (auto p = pick(); p && chance(rates_.kill * period)) kill(p);
   if (auto p = pick(); p && !p->is_frozen && chance(rates_.freeze * period)) {
     const us for_us = delay(200 * ms, 15 * second);

@@ -236,9 +236,21 @@ void cluster::run_trainer(const process_ptr& p) {
   begin_step(p);
 }
 
+/// Of a step in which it has all leaves it takes step_ms at most. As a trainer, only once it has
+/// computed.
+us cluster::leaf_us(const process_ptr& p) {
+  const toy_trainer& t = p->trainer;
+  if (t.now != toy_trainer::doing::running || t.step <= t.order.step) return 0;
+  return p->step_ms * ms / t.spec.batch.leaf_count;
+}
+
 void cluster::begin_step(const process_ptr& p) {
   const std::uint64_t epoch = p->trainer.epoch;
-  on(p, delay(p->step_ms * ms / 2, p->step_ms * ms), [this, p, epoch] { end_compute(p, epoch); });
+  const plan& shape = p->trainer.shape;
+  const auto replica = static_cast<std::size_t>(shape.replica_of(p->trainer.rank));
+  const int leaves = shape.shape.leaf_cuts[replica + 1] - shape.shape.leaf_cuts[replica];
+  const us most = p->step_ms * ms * leaves / p->trainer.spec.batch.leaf_count;
+  on(p, delay(most / 2, most), [this, p, epoch] { end_compute(p, epoch); });
 }
 
 void cluster::end_compute(const process_ptr& p, std::uint64_t epoch) {

@@ -25,7 +25,8 @@ void cluster::start_process(const std::string& name) {
   every(delay(0, 100 * ms), 100 * ms, [this, p] {
     if (!p->is_alive) return false;
     const std::uint64_t step = p->trainer.has_state ? p->trainer.step : 0;
-    if (!p->is_frozen) step_worker(p, worker_events::tick{now_ / ms, step, pulse_of(p), now_ / ms});
+    if (!p->is_frozen)
+      step_worker(p, worker_events::tick{now_ / ms, step, pulse_of(p), now_ / ms, leaf_us(p)});
     return true;
   });
 }

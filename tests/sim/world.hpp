@@ -42,7 +42,7 @@ struct truth {
 struct rates {
   // Per second, in the whole cluster.
   double kill = 0, freeze = 0, cut_control = 0, cut_link = 0, coordinator_crash = 0,
-         coordinator_freeze = 0, corrupt = 0, drain = 0, pause = 0, priority = 0;
+         coordinator_freeze = 0, corrupt = 0, drain = 0, pause = 0, priority = 0, pace = 0;
   // Share of the messages, writes, actions.
   double slow = 0, disk_full = 0, disk_slow = 0, action_crash = 0, worker_action_crash = 0;
   double partition = 0;     // per second
