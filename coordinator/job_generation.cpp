@@ -381,11 +381,11 @@ void job_machine::commit_generation(const choice& c) {
     send_commit(m);
   }
   for (const worker_id worker : workers()) {
-    const member& m = members_.at(worker);
-    if (m.rank >= 0 || (m.answer && m.answer->has_state)) continue;
-    const char* why = m.answer ? "the plan does not need it" : "did not answer prepare";
-    send(worker, stop_stage{value(id()), why});
-    release(worker, why, !m.answer);
+    member& m = members_.at(worker);
+    m.is_mute = m.rank < 0 && !m.answer;
+    if (m.rank >= 0 || m.is_mute || m.answer->has_state) continue;
+    send(worker, stop_stage{value(id()), "the plan does not need it"});
+    release(worker, "the plan does not need it");
   }
   sought_.clear();
   missed_.clear();
@@ -465,13 +465,16 @@ void job_machine::consider_running() {
                     generation_->step, whole, expected));
   }
   for (const member* m : ranks) send(m->facts.id, run_stage{value(id()), number_});
-  // Only now: until the new members stood, who leaves may have been the last to hold a state.
+  // Only now: until the new members stood, who leaves may have been the last to hold a state, and
+  // who did not answer may hold one.
   for (const worker_id worker : workers()) {
     const member& m = members_.at(worker);
     if (m.rank >= 0) continue;
-    const char* why = m.is_draining ? "drained" : "the plan does not need it";
+    const char* why = m.is_mute       ? "did not answer prepare"
+                      : m.is_draining ? "drained"
+                                      : "the plan does not need it";
     send(worker, stop_stage{value(id()), why});
-    release(worker, why);
+    release(worker, why, m.is_mute);
   }
   enter(phase::running);
   if (running_since_ms_ < 0) running_since_ms_ = now_ms_;

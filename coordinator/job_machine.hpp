@@ -427,6 +427,7 @@ class job_machine {
     std::optional<ready> loaded;     // for the newest plan
     bool is_held = false, is_finished = false;
     std::string finished_hash;
+    bool is_mute = false;        // did not answer the prepare of the newest plan
     bool is_astray = false;      // came back without our generation
     bool is_report_due = false;  // it holds a newer plan than ours; its next word says which
     std::uint64_t generation = 0, hash = 0;                   // of the plan that its greeting named
