@@ -206,7 +206,9 @@ std::string job_machine::reason_link_fault() const {
   for (const auto& [worker, m] : members_) {
     const auto asked = inquiries_.find(worker);
     const std::string verdict = asked == inquiries_.end() ? "" : asked->second.verdict;
-    const bool is_asked = asked != inquiries_.end() && asked->second.asked_ms >= 0;
+    // Where all witnesses are mute there is nobody whose word is still to come.
+    const bool is_asked = asked != inquiries_.end() && asked->second.asked_ms >= 0 &&
+                          asked->second.witness != worker_id{};
     // A frozen process accuses nobody: two that accuse each other are alive.
     const auto is_mutual = [this, worker = worker](worker_id by) {
       const auto other = members_.find(by);

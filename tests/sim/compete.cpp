@@ -72,8 +72,13 @@ void cluster::check_size(const commit& c) {
       rows_.at(keys::generation(c.shape.job, c.shape.generation)));
   const bool is_shrink = row && row->reason.starts_with("shrink");
   const bool is_balance = row && row->reason.starts_with("balance");
-  // Where replicas share the optimizer's moments they load what they are given of the weights anew.
-  const bool has_moved = !c.transfers.empty() && !spec.parallelism.shard_optimizer;
+  // Whoever did not answer makes it another layout. Where replicas share the optimizer's moments
+  // they load what they are given of the weights anew.
+  const plan& former = newest_plans_[job];
+  const bool has_same_stages = former.shape.unit_cuts == c.shape.shape.unit_cuts &&
+                               former.members.size() == c.shape.members.size();
+  const bool has_moved =
+      has_same_stages && !c.transfers.empty() && !spec.parallelism.shard_optimizer;
   if (is_balance && now_ >= quiet_since_ && (c.step < applied_[job] || has_moved)) {
     violate("generation {} of job {} moves leaves, {} tensors and {} steps back",
             c.shape.generation, job, c.transfers.size(), applied_[job] - c.step);

@@ -328,6 +328,12 @@ void cluster::check_drop(const process_ptr& p, const char* why) {
   const auto& members = committed_[job].members;
   const bool is_member = std::find(members.begin(), members.end(), p->id) != members.end();
   if (!is_member || was_hung(p)) return;  // the commit that left it out was judged already
+  // A newer plan was decided without it and nobody lives who could be sent it: it was silent for as
+  // long as a silent one is waited for.
+  const auto row = rows_.find(keys::job(static_cast<job_id>(job)));
+  const auto record = row == rows_.end() ? result<job_record>(job_record{})
+                                         : from_json_text<job_record>(row->second);
+  if (record && record->generation > committed_[job].number) return;
   const auto with = newest_kept(job, nullptr), without = newest_kept(job, p);
   if (with && *with > without.value_or(0)) {
     violate("{} drops the last copy of step {} of job {} ({}); what is left is step {}", p->name,
