@@ -187,17 +187,12 @@ class elastic_run {
     const struct {
       const char* name;
       void (elastic_run::*measure)();
-    } parts[] = {{"kill", &elastic_run::kill},
-                 {"copies", &elastic_run::kill_with_copies},
-                 {"join", &elastic_run::join},
-                 {"coordinator", &elastic_run::coordinator},
-                 {"deputy", &elastic_run::deputy},
-                 {"throughput", &elastic_run::throughput},
-                 {"exactness", &elastic_run::exactness},
-                 {"balance", &elastic_run::balance},
-                 {"flip", &elastic_run::flip},
-                 {"copy_cost", &elastic_run::copy_cost},
-                 {"peer", &elastic_run::peer}};
+    } parts[] = {{"kill", &elastic_run::kill},           {"copies", &elastic_run::kill_with_copies},
+                 {"join", &elastic_run::join},           {"coordinator", &elastic_run::coordinator},
+                 {"deputy", &elastic_run::deputy},       {"throughput", &elastic_run::throughput},
+                 {"exactness", &elastic_run::exactness}, {"balance", &elastic_run::balance},
+                 {"flip", &elastic_run::flip},           {"patrol", &elastic_run::patrol},
+                 {"copy_cost", &elastic_run::copy_cost}, {"peer", &elastic_run::peer}};
     std::set<std::string> known;
     for (const auto& part : parts) known.insert(part.name);
     for (const std::string& name : only_)
@@ -740,88 +735,121 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
 
   // ---- a bit flipped in a worker's memory
   // --------------------------------------------------------------
-  void flip() {
-    std::vector<double> steps_until;
+  // Three replicas compare in the vote; one worker alone is watched by the patrol of an idle one.
+  void flip() { flips("3 replicas, in the vote", 3, 3, {"checkpoint.every=10 steps"}); }
+  void patrol() {
+    flips("1 replica, by the patrol", 1, 2,
+          {"checkpoint.every=20 steps", "elasticity.patrol=true", "checkpoint.keep.last=4"});
+  }
+  void flips(const std::string& what, int replicas, int workers,
+             const std::vector<std::string>& sets) {
+    std::vector<double> steps_until, seconds;
     int named = 0, events = 0;
-    const int wanted = std::max(1, own_.events / 4);  // a cluster of its own each
-    for (; events < wanted && !is_interrupted(); ++events) {
-      job_file job = laid_out(small_job("flip", {"checkpoint.every=10 steps"}), 1, 3, 3);
+    // A cluster of its own for each.
+    for (; events < own_.events && !is_interrupted(); ++events) {
+      job_file job = laid_out(small_job("flip", sets), 1, replicas, replicas);
       local_cluster cluster({next_folder(), "127.0.0.1:0", 1, ""});
       if (!cluster.start_coordinator()) break;
       const int at = 15 + events;
-      std::string bad;
-      for (int i = 0; i < 3; ++i) {
+      std::string bad, id;
+      const auto start_worker = [&](bool is_bad) {
         auto name = cluster.start_worker(
-            i == events % 3 ? std::vector<std::string>{"--inject", fmt::format("flip@{}", at)}
-                            : std::vector<std::string>{});
-        if (!name) return;
-        if (i == events % 3) bad = *name;
-      }
+            is_bad ? std::vector<std::string>{"--inject", fmt::format("flip@{}", at)}
+                   : std::vector<std::string>{});
+        if (name && is_bad) bad = *name;
+        return name.has_value();
+      };
+      for (int i = 0; i < replicas; ++i)
+        if (!start_worker(i == events % replicas)) return;
       exit_code code{};
-      auto id = submit_job_file(flags_, cluster.api(), job, code);
-      if (!id) break;
-      json found;
+      if (auto submitted = submit_job_file(flags_, cluster.api(), job, code)) id = *submitted;
+      if (id.empty()) break;
+      for (int i = replicas; i < workers; ++i) {  // idle ones
+        wait_until(
+            [&] {
+              auto now = cluster.api().get("/jobs/" + id);
+              return is_interrupted() || (now && now->value("state", "") == "RUNNING");
+            },
+            20s, 20ms);
+        if (!start_worker(false)) return;
+      }
+      // The row of the flipped step is read while it is there: the job goes back before it.
+      json found, row;
       wait_until(
           [&] {
-            auto events_now = cluster.api().get("/jobs/" + *id + "/events");
+            if (row.is_null()) {
+              auto series = cluster.api().get(fmt::format("/jobs/{}/series?from={}", id, at));
+              if (series && !(*series)["steps"].empty() && (*series)["steps"][0]["step"] == at)
+                row = (*series)["steps"][0];
+            }
+            auto events_now = cluster.api().get("/jobs/" + id + "/events");
             if (events_now)
               for (const auto& e : (*events_now)["events"])
                 if (e.value("kind", "") == "silent_corruption") found = e;
             return !found.is_null() || is_interrupted();
           },
-          60s, 50ms);
+          60s, 10ms);
       cluster.stop();
       if (found.is_null()) continue;
-      steps_until.push_back(std::stod(found["fields"].value("step", "0")) - at);
       named += found["fields"].value("workers", "") == bad;
+      steps_until.push_back(std::stod(found["fields"].value("step", "0")) - at);
+      if (!row.is_null())
+        seconds.push_back((found.value("unix_ms", 0.0) - row.value("unix_ms", 0.0)) / 1e3);
     }
-    figure f{"a silent bit flip: steps until it is found, 3 replicas",
-             "",
-             steps_until.size(),
-             median(steps_until),
-             quantile(steps_until, 1.0),
+    figure f{"a silent bit flip: seconds until it is found, " + what,
+             "s",
+             static_cast<std::size_t>(events),
+             median(seconds),
+             quantile(seconds, 1.0),
              "named",
              {},
              ""};
     f.is_met = events > 0 && named == events;
-    f.note = fmt::format("{} of {} found and the worker named", named, events);
+    f.note = fmt::format("{} of {} found and the worker named; first wrong step {:.0f} after it",
+                         named, events, median(steps_until));
     print(f);
   }
 
   // ---- one neighbour copy against none: a pipeline of two on two cores
   // ----------------------------------
   void copy_cost() {
-    std::vector<double> ratios, none_ms;
-    const job_file bare =
-        laid_out(small_job("none", {"elasticity.copies=0", "checkpoint.every=never"}), 2, 1, 2);
-    const job_file copied =
-        laid_out(small_job("one", {"elasticity.copies=1", "checkpoint.every=never"}), 2, 1, 2);
-    for (int round = 0; round < own_.rounds && !is_interrupted(); ++round) {
-      const double a = usual_step_ms(bare), b = usual_step_ms(copied);
-      none_ms.push_back(a);
-      ratios.push_back(b / a);
+    for (const int microbatches : {32, 4}) {
+      std::vector<double> ratios, none_ms;
+      const auto job = [&](int copies) {
+        return laid_out(
+            small_job("copies" + std::to_string(copies),
+                      {fmt::format("elasticity.copies={}", copies), "checkpoint.every=never",
+                       fmt::format("batch.leaves={}", std::min(16, microbatches))},
+                      "{preset: tiny}", 2 * microbatches),
+            2, 1, 2);
+      };
+      for (int round = 0; round < own_.rounds && !is_interrupted(); ++round) {
+        const double a = usual_step_ms(job(0)), b = usual_step_ms(job(1));
+        none_ms.push_back(a);
+        ratios.push_back(b / a);
+      }
+      figure f{fmt::format("cost of one neighbour copy, 2 stages, {} microbatches", microbatches),
+               "%",
+               ratios.size(),
+               (median(ratios) - 1) * 100,
+               std::nan(""),
+               "<10",
+               {},
+               ""};
+      f.is_met = f.value < 10;
+      f.note =
+          fmt::format("wall time, two workers on two cores, {:.0f} ms a step", median(none_ms));
+      print(f);
     }
-    figure f{"cost of one neighbour copy, 2 stages, 32 microbatches",
-             "%",
-             ratios.size(),
-             (median(ratios) - 1) * 100,
-             std::nan(""),
-             "<10",
-             {},
-             ""};
-    f.is_met = f.value < 10;
-    f.note = fmt::format("wall time, two workers on two cores, {:.0f} ms a step", median(none_ms));
-    print(f);
   }
   double usual_step_ms(const job_file& job) {
     live_job run(flags_, next_folder(), job, 2);
-    if (!run.is_up() || !run.settle(2, 60)) return std::nan("");
+    if (!run.is_up() || !run.settle(2, 150)) return std::nan("");
     const auto steps = run.commits(5, 0);
-    std::vector<double> gaps;
-    for (std::size_t k = 1; k < steps.size(); ++k)
-      gaps.push_back(steps[k].unix_ms - steps[k - 1].unix_ms);
     run.end();
-    return median(gaps);
+    if (steps.size() < 2) return std::nan("");
+    // The rows count whole milliseconds: the mean of many steps, not the median of gaps.
+    return (steps.back().unix_ms - steps.front().unix_ms) / static_cast<double>(steps.size() - 1);
   }
 
   // ---- beside torchrun + DDP + Gloo: the same kills, seeded
@@ -846,6 +874,7 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
         python, own_.peer_script.empty() ? "tools/bench_peer_elastic.py" : own_.peer_script, steps,
         list));
     const auto ours = our_outcome(kills, steps);
+    if (is_interrupted()) return;
     for (const auto& [who, o] : {std::pair{std::string("stagecoach"), ours},
                                  std::pair{"torchrun + DDP + Gloo " + theirs.version, theirs}}) {
       figure f{"same kills, 2 workers: " + who,

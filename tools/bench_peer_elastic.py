@@ -2,14 +2,16 @@
 """The peer of `stagecoach bench elastic --peer`: torchrun + DDP + Gloo under the same seeded list of kills.
 
 A GPT of the same shape and batch (d4/64, 64 sequences of 64 tokens), two processes, a checkpoint every 20 steps, and
-torchrun --standalone with --max-restarts: what a user gets who follows PyTorch's own documents. First undisturbed, then
-with kill -9 of a worker at each listed moment. Prints one JSON line: recovery seconds, steps lost per kill, and whether
+torchrun --standalone with --max-restarts: what a user gets who follows PyTorch's own documents, with one help: the
+workers' store is not the agent's. PyTorch 2.15 shares it, a restarted Gloo then finds the dead workers' addresses there
+and waits for them for its whole timeout (30 minutes). First undisturbed, then with kill -9 of a worker at each moment. Prints one JSON line: recovery seconds, steps lost per kill, and whether
 the last weights have the same hash as the undisturbed run's.
 
 usage: bench_peer_elastic.py --steps N --kills "0.31:0 0.72:1 ..."     seconds of calm before each kill, and whom
        (with torchrun's variables set it is one of the workers)
 """
 import argparse
+import datetime
 import hashlib
 import json
 import os
@@ -69,7 +71,7 @@ def work():
 
     torch.set_num_threads(1)
     torch.manual_seed(1234)
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     folder = pathlib.Path(arguments.folder)
     (folder / f"pid{rank}.tmp").write_text(str(os.getpid()))
@@ -124,7 +126,8 @@ def run(kills):
                    "--monitor-interval=0.1", __file__, "--steps", str(arguments.steps), "--save-every",
                    str(arguments.save_every), "--folder", name]
         with open(folder / "log", "w") as log:
-            job = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            job = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
+                                   env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
         events = []
         try:
             for calm, whom in kills:
@@ -165,6 +168,7 @@ def run(kills):
 
 def main():
     import torch
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the workers are stopped too
     kills = [(float(word.split(":")[0]), int(word.split(":")[1])) for word in arguments.kills.split()]
     calm, _, usual = run([])
     stormy, events, _ = run(kills)
