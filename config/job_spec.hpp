@@ -120,7 +120,7 @@ struct job_spec {
   batch_spec batch;
   optimizer_spec optimizer;
   schedule_spec schedule;
-  std::string precision = "fp32";
+  std::string precision = "fp32";  // or "bf16": operands of matrix products; the rest stays fp32
   std::int64_t stop_steps = 0;
   std::int64_t eval_every_steps = 0;  // 0: off
   std::int64_t eval_batches = 0;      // microbatches per evaluation

@@ -507,14 +507,14 @@ void spec_reader::read_stop_and_schedule(section& top) {
 }
 
 void spec_reader::read_precision(section& top) {
-  const std::vector<std::string> now = {"fp32"};
-  const std::vector<std::string> later = {"bf16", "fp16", "fp8", "tf32"};
+  const std::vector<std::string> now = {"fp32", "bf16"};
+  const std::vector<std::string> later = {"fp16", "fp8", "tf32"};
   const yaml_node* n = top.find("precision");
   if (n && n->is == shape::map) {
     section s = open_node(*n, "precision");
     read_choice(s, "compute", spec_.precision, now, later);
     std::string master = "fp32";
-    read_choice(s, "master", master, now, later);
+    read_choice(s, "master", master, {"fp32"}, {"bf16", "fp16"});
     finish(s);
   } else if (n) {
     read_choice(top, "precision", spec_.precision, now, later);

@@ -183,7 +183,7 @@ schedule:
   type: cosine                      # or constant
   warmup: {warmup:<26}# or a number of {other_unit}
   min_lr: {min_lr:g}
-precision: fp32
+precision: fp32                     # or bf16: operands of products; sums and weights stay fp32
 stop: {stop:<30}# steps, tokens or both; the first one reached wins
 eval: {{every: 250 steps, batches: 20}}
 

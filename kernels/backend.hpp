@@ -18,6 +18,13 @@
 
 namespace stagecoach {
 
+/// What the operands of matrix products are rounded to (linear layers, attention, head). Sums,
+/// storage and everything between products are fp32 in both; weights stay fp32 masters.
+enum class precision : std::uint8_t { fp32, bf16 };
+
+/// Of a job file's word; it has been checked by then.
+precision precision_of(const std::string& word);
+
 /// Sizes of an attention call.  C = n_head * D.
 struct attention_shape {
   std::int64_t batch, tokens, n_head, channels;
@@ -50,18 +57,33 @@ class backend {
   /// names.
   virtual std::string name() const = 0;
 
+  // ---- packed weights
+  // ----------------------------------------------------------------------------------
+  // A backend may keep copies of weights in the shape that its products want, by address.
+  /// Says that values of weights may have changed since the last call of any product.
+  virtual void weights_changed() {}
+  /// Bytes of the copies that products with w [K, N] of a linear layer keep.
+  virtual std::int64_t packed_linear_bytes(std::int64_t /*k*/, std::int64_t /*n*/,
+                                           precision /*p*/) const {
+    return 0;
+  }
+  virtual std::int64_t packed_head_bytes(head_shape /*s*/, precision /*p*/) const { return 0; }
+
   // ---- linear layers: w [K, N] as in GPT-2's Conv1D (in x out)
   // -------------------------------------
   /// y [M,N] = x [M,K] * w + bias [N]   (bias may be null)
   virtual void linear_forward(float* y, const float* x, const float* w, const float* bias,
-                              std::int64_t m, std::int64_t k, std::int64_t n) = 0;
+                              std::int64_t m, std::int64_t k, std::int64_t n,
+                              precision p = precision::fp32) = 0;
   /// dx [M,K] = dy [M,N] * w^T
   virtual void linear_backward_input(float* dx, const float* dy, const float* w, std::int64_t m,
-                                     std::int64_t k, std::int64_t n) = 0;
-  /// dw [K,N] = or += x^T * dy ;  dbias [N] = or += column sums of dy   (dbias may be null)
+                                     std::int64_t k, std::int64_t n,
+                                     precision p = precision::fp32) = 0;
+  /// dw [K,N] = or += x^T * dy ;  dbias [N] = or += column sums of dy, never rounded   (dbias may
+  /// be null)
   virtual void linear_backward_weight(float* dw, float* dbias, const float* x, const float* dy,
                                       std::int64_t m, std::int64_t k, std::int64_t n,
-                                      bool accumulate) = 0;
+                                      bool accumulate, precision p = precision::fp32) = 0;
 
   // ---- layer normalisation (Ba, Kiros, Hinton 2016), eps 1e-5, biased variance
   // -----------------------
@@ -91,10 +113,12 @@ class backend {
   /// qkv [B,T,3C] (q, k, v side by side), out [B,T,C], lse [B,H,T]: log-sum-exp of each row of
   /// scaled scores, kept for the backward pass (which recomputes the probabilities). Scale
   /// 1/sqrt(D).
-  virtual void attention_forward(float* out, float* lse, const float* qkv, attention_shape s) = 0;
+  virtual void attention_forward(float* out, float* lse, const float* qkv, attention_shape s,
+                                 precision p = precision::fp32) = 0;
   /// dqkv [B,T,3C]
   virtual void attention_backward(float* dqkv, const float* dout, const float* qkv,
-                                  const float* out, const float* lse, attention_shape s) = 0;
+                                  const float* out, const float* lse, attention_shape s,
+                                  precision p = precision::fp32) = 0;
 
   // ---- embedding
   // ------------------------------------------------------------------------------------
@@ -113,20 +137,25 @@ class backend {
   // ---------- The vocabulary is walked in head_block_count(V) blocks. Per block and row: maximum,
   // sum of exponentials against that maximum; merged over blocks by the full binary tree with one
   // formula.
-  /// Computes logits [M,V] (caller's scratch, then holds what backward needs: opaque) and
+  /// Floats of the scratch that the three take as `logits`.
+  virtual std::int64_t head_floats(head_shape s, precision /*p*/) const { return s.rows * s.vocab; }
+  /// Computes logits (caller's scratch, then holds what backward needs: opaque) and
   /// loss_sum = sum over rows of -log softmax(target), each row in fp32, rows summed in fp64 in
   /// fixed blocks of 64 rows by tree.  stats [2*M]: opaque, for backward.
   virtual double head_forward(float* logits, float* stats, const float* x, const float* wte,
-                              const std::int32_t* targets, head_shape s) = 0;
+                              const std::int32_t* targets, head_shape s,
+                              precision p = precision::fp32) = 0;
   /// dx [M,C] of scale * loss_sum. Per vocabulary block partial input gradients, merged by the
   /// tree. Turns logits into dlogits (scaled) in place, for head_backward_weight.
   virtual void head_backward_input(float* dx, float* logits, const float* stats, const float* wte,
-                                   const std::int32_t* targets, float scale, head_shape s) = 0;
+                                   const std::int32_t* targets, float scale, head_shape s,
+                                   precision p = precision::fp32) = 0;
   /// dwte [V,C] = or += dlogits^T * x
   virtual void head_backward_weight(float* dwte, const float* logits, const float* x, head_shape s,
-                                    bool accumulate) = 0;
+                                    bool accumulate, precision p = precision::fp32) = 0;
   /// Plain logits [M,V] for sampling.
-  virtual void head_logits(float* logits, const float* x, const float* wte, head_shape s) = 0;
+  virtual void head_logits(float* logits, const float* x, const float* wte, head_shape s,
+                           precision p = precision::fp32) = 0;
 
   // ---- reductions and optimizer
   // ---------------------------------------------------------------------
@@ -151,8 +180,9 @@ class backend {
 /// Plain loops, one thread: the definition. Slow.
 std::unique_ptr<backend> make_reference_backend();
 
-/// oneDNN for matrix products on tiles that shape alone fixes, own kernels for the rest, own pool
-/// of `threads` threads (1 = the caller's alone). isa: "" = best of this CPU, or "avx2", "avx512".
+/// oneDNN for fp32 matrix products on tiles that shape alone fixes, own kernels for bf16 ones (the
+/// same bits on every instruction set) and for the rest, own pool of `threads` threads (1 = the
+/// caller's alone). isa: "" = best of this CPU, or "avx2", "avx512".
 /// STAGECOACH_MAX_ISA in the environment caps it too (for tests).
 std::unique_ptr<backend> make_cpu_backend(int threads, const std::string& isa = {});
 

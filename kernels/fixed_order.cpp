@@ -1,6 +1,13 @@
 #include "kernels/fixed_order.hpp"
 
+#include "config/result.hpp"
+
 namespace stagecoach {
+
+precision precision_of(const std::string& word) {
+  invariant(word == "fp32" || word == "bf16", "a job's precision is one that its reader takes");
+  return word == "bf16" ? precision::bf16 : precision::fp32;
+}
 
 std::int64_t head_block_count(std::int64_t vocab) { return vocab < 2048 ? 1 : 8; }
 

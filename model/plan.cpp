@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "config/limits.hpp"
+#include "kernels/bf16_sizes.hpp"
 #include "model/copies.hpp"
 #include "model/leaf_tree.hpp"
 #include "model/tensor_names.hpp"
@@ -271,11 +272,25 @@ std::int64_t kept_floats(const job_spec& spec, int unit) {
   if (unit == 0) return rows;  // token ids
   // Input, norm output, its gradient and the input's; the norm's mean and 1/std; logits, which
   // become their own gradient, with two statistics a row; target ids.
-  if (unit == unit_count(m) - 1) return rows * (4 * c + m.vocab_size + 4 + 1);
+  if (unit == unit_count(m) - 1) {
+    const std::int64_t logits =
+        spec.precision == "bf16" ? bf16_head_floats(rows, m.vocab_size) : rows * m.vocab_size;
+    return rows * (4 * c + 4 + 1) + logits;
+  }
   // Input, ln_1 out, qkv (3), attention out, residual after attention, ln_2 out and the residual's
   // gradient: 9 C. c_fc out (reused for two gradients, so at least 4 C), gelu out, c_fc's output
   // gradient. Both norms' mean and 1/std, log-sum-exp per head.
   return rows * (9 * c + std::max(f, 4 * c) + 2 * f + 4 + m.n_head);
+}
+
+// The packed copies that bf16 products keep beside the fp32 weights.
+std::int64_t packed_bytes(const job_spec& spec, int unit) {
+  const model_spec& m = spec.model;
+  if (spec.precision != "bf16" || unit == 0) return 0;
+  const std::int64_t c = m.d_model, f = m.d_ff;
+  if (unit == unit_count(m) - 1) return bf16_head_bytes(c, m.vocab_size);
+  return bf16_linear_bytes(c, 3 * c) + bf16_linear_bytes(c, c) + bf16_linear_bytes(c, f) +
+         bf16_linear_bytes(f, c);
 }
 
 }  // namespace
@@ -404,6 +419,7 @@ stage_memory predict_memory(const job_spec& spec, const layout& shape, int stage
 
   stage_memory memory;
   memory.weights = float_bytes * sizes.parameters;
+  for (int unit = unit_begin; unit < unit_end; ++unit) memory.weights += packed_bytes(spec, unit);
   const std::vector<tensor_size> all = all_tensor_sizes(spec.model);
   for (const int t : kept_moments(spec, unit_begin, unit_end, replica, shape.replica_count))
     memory.optimizer += 2 * float_bytes * all[at(t)].count;

@@ -68,13 +68,15 @@ struct linear_places {
 }  // namespace
 
 struct stage::implementation {
-  implementation(const model_spec& m, const batch_spec& b, int begin, int end, backend& d)
-      : model(m), batch(b), unit_begin(begin), unit_end(end), device(d) {}
+  implementation(const model_spec& m, const batch_spec& b, int begin, int end, backend& d,
+                 precision p)
+      : model(m), batch(b), unit_begin(begin), unit_end(end), device(d), products(p) {}
 
   model_spec model;
   batch_spec batch;
   int unit_begin, unit_end;
   backend& device;
+  precision products;
   std::int64_t rows = 0;  // M = B * T
 
   std::vector<tensor_info> tensors;
@@ -123,6 +125,7 @@ struct stage::implementation {
     return slots[static_cast<std::size_t>(index)];
   }
 
+  std::int64_t packed_bytes() const;
   void lay_out_state(const std::optional<std::vector<int>>& moments_of);
   void lay_out_gradients();
   void find_places();
@@ -225,7 +228,7 @@ void stage::implementation::carve(slot_arrays& s, carver& arena) const {
     s.head.ln = arena.take(boundary);
     s.head.mean = arena.take(rows);
     s.head.rstd = arena.take(rows);
-    s.head.logits = arena.take(rows * model.vocab_size);
+    s.head.logits = arena.take(device.head_floats(head(), products));
     s.head.stats = arena.take(2 * rows);
     s.head.d_ln = arena.take(boundary);
     s.head.dx = arena.take(boundary);
@@ -246,32 +249,33 @@ void stage::implementation::block_forward(const block_places& p, const block_arr
   device.layernorm_forward(a.ln1, a.mean1, a.rstd1, a.x, parameter(p.ln1.weight),
                            parameter(p.ln1.bias), m, c);
   device.linear_forward(a.qkv, a.ln1, parameter(p.c_attn.weight), parameter(p.c_attn.bias), m, c,
-                        3 * c);
-  device.attention_forward(a.attention, a.lse, a.qkv, attention());
+                        3 * c, products);
+  device.attention_forward(a.attention, a.lse, a.qkv, attention(), products);
   device.linear_forward(a.h, a.attention, parameter(p.c_proj.weight), parameter(p.c_proj.bias), m,
-                        c, c);
+                        c, c, products);
   device.add(a.h, a.h, a.x, m * c);
   device.layernorm_forward(a.ln2, a.mean2, a.rstd2, a.h, parameter(p.ln2.weight),
                            parameter(p.ln2.bias), m, c);
-  device.linear_forward(a.fc, a.ln2, parameter(p.c_fc.weight), parameter(p.c_fc.bias), m, c, f);
+  device.linear_forward(a.fc, a.ln2, parameter(p.c_fc.weight), parameter(p.c_fc.bias), m, c, f,
+                        products);
   device.gelu_forward(a.gelu, a.fc, m * f);
   device.linear_forward(y, a.gelu, parameter(p.mlp_proj.weight), parameter(p.mlp_proj.bias), m, f,
-                        c);
+                        c, products);
   device.add(y, y, a.h, m * c);
 }
 
 void stage::implementation::block_backward_input(const block_places& p, const block_arrays& a,
                                                  float* dx) {
   const std::int64_t c = model.d_model, f = model.d_ff, m = rows;
-  device.linear_backward_input(a.d_fc, a.dy, parameter(p.mlp_proj.weight), m, f, c);
+  device.linear_backward_input(a.d_fc, a.dy, parameter(p.mlp_proj.weight), m, f, c, products);
   device.gelu_backward(a.d_fc, a.d_fc, a.fc, m * f);  // the last use of fc's values
-  device.linear_backward_input(a.d_ln2, a.d_fc, parameter(p.c_fc.weight), m, c, f);
+  device.linear_backward_input(a.d_ln2, a.d_fc, parameter(p.c_fc.weight), m, c, f, products);
   // The residual stream feeds the norm and the sum, so its gradient is dy plus what the norm gives.
   device.layernorm_backward_input(a.d_h, a.dy, a.d_ln2, a.h, parameter(p.ln2.weight), a.mean2,
                                   a.rstd2, m, c);
-  device.linear_backward_input(d_attention, a.d_h, parameter(p.c_proj.weight), m, c, c);
-  device.attention_backward(a.d_qkv, d_attention, a.qkv, a.attention, a.lse, attention());
-  device.linear_backward_input(a.d_ln1, a.d_qkv, parameter(p.c_attn.weight), m, c, 3 * c);
+  device.linear_backward_input(d_attention, a.d_h, parameter(p.c_proj.weight), m, c, c, products);
+  device.attention_backward(a.d_qkv, d_attention, a.qkv, a.attention, a.lse, attention(), products);
+  device.linear_backward_input(a.d_ln1, a.d_qkv, parameter(p.c_attn.weight), m, c, 3 * c, products);
   device.layernorm_backward_input(dx, a.d_h, a.d_ln1, a.x, parameter(p.ln1.weight), a.mean1,
                                   a.rstd1, m, c);
 }
@@ -282,7 +286,7 @@ void stage::implementation::block_backward_weight(const block_places& p, const b
   const auto linear = [&](const linear_places& l, const float* x, const float* dy, std::int64_t k,
                           std::int64_t n) {
     device.linear_backward_weight(gradient(g, l.weight), gradient(g, l.bias), x, dy, m, k, n,
-                                  accumulate);
+                                  accumulate, products);
   };
   const auto norm = [&](const linear_places& l, const float* dy, const float* x, const float* mean,
                         const float* rstd) {
@@ -334,6 +338,17 @@ tensor_hash stage::implementation::hash_of(const float* state,
   return sum;
 }
 
+/// What the device keeps beside the weights once each has been used.
+std::int64_t stage::implementation::packed_bytes() const {
+  const std::int64_t c = model.d_model, f = model.d_ff;
+  const auto linear = [this](std::int64_t k, std::int64_t n) {
+    return device.packed_linear_bytes(k, n, products);
+  };
+  const std::int64_t per_block = linear(c, 3 * c) + linear(c, c) + linear(c, f) + linear(f, c);
+  return static_cast<std::int64_t>(blocks.size()) * per_block +
+         (heads() ? device.packed_head_bytes(head(), products) : 0);
+}
+
 std::vector<gradient_slot> stage_gradient_layout(const model_spec& model, int unit_begin,
                                                  int unit_end) {
   std::vector<gradient_slot> layout;
@@ -355,8 +370,10 @@ std::vector<gradient_slot> stage_gradient_layout(const model_spec& model, int un
 }
 
 stage::stage(const model_spec& model, const batch_spec& batch, int unit_begin, int unit_end,
-             int slots, backend& device, const std::optional<std::vector<int>>& moments_of)
-    : self_(std::make_unique<implementation>(model, batch, unit_begin, unit_end, device)) {
+             int slots, backend& device, const std::optional<std::vector<int>>& moments_of,
+             precision products)
+    : self_(
+          std::make_unique<implementation>(model, batch, unit_begin, unit_end, device, products)) {
   implementation& s = *self_;
   invariant(unit_begin >= 0 && unit_begin < unit_end && unit_end <= unit_count(model),
             "a stage is a non-empty run of the model's units");
@@ -409,6 +426,7 @@ float* place_of(float* state, const std::map<std::string, int>& position,
 }  // namespace
 
 float* stage::parameter(const std::string& name) {
+  self_->device.weights_changed();  // the caller may write
   return place_of(self_->parameters, self_->position, self_->state_offset, name);
 }
 float* stage::moment1(const std::string& name) {
@@ -420,6 +438,7 @@ float* stage::moment2(const std::string& name) {
 
 void stage::initialise_parameters() {
   implementation& s = *self_;
+  s.device.weights_changed();
   for (std::size_t i = 0; i < s.tensors.size(); ++i) {
     initialise(s.parameters + s.state_offset[i], s.tensors[i], s.model);
     const std::int64_t count = s.tensors[i].count();
@@ -441,7 +460,7 @@ double stage::forward(int slot, const float* input, const std::int32_t* tokens,
   invariant(targets != nullptr, "the head has targets");
   std::copy_n(targets, s.rows, a.targets.begin());
   return s.device.head_forward(a.head.logits, a.head.stats, a.head.ln, s.parameter(s.wte),
-                               a.targets.data(), s.head());
+                               a.targets.data(), s.head(), s.products);
 }
 
 void stage::backward_input(int slot, const float* output_gradient, float* input_gradient,
@@ -455,7 +474,7 @@ void stage::backward_input(int slot, const float* output_gradient, float* input_
   if (s.heads()) {
     head_arrays& h = a.head;
     s.device.head_backward_input(h.d_ln, h.logits, h.stats, s.parameter(s.wte), a.targets.data(),
-                                 loss_scale, s.head());
+                                 loss_scale, s.head(), s.products);
     s.device.layernorm_backward_input(h.dx, nullptr, h.d_ln, h.x, s.parameter(s.ln_f.weight),
                                       h.mean, h.rstd, s.rows, c);
     dy = h.dx;
@@ -479,6 +498,7 @@ void stage::backward_input(int slot, const float* output_gradient, float* input_
 
 void stage::forget_microbatches() {
   for (slot_arrays& slot : self_->slots) slot.state = slot_state::free;
+  self_->device.weights_changed();
 }
 
 void stage::backward_weight(int slot, float* gradients, bool accumulate) {
@@ -489,7 +509,7 @@ void stage::backward_weight(int slot, float* gradients, bool accumulate) {
   if (s.heads()) {
     const head_arrays& h = a.head;
     s.device.head_backward_weight(gradients + s.wte_head_offset, h.logits, h.ln, s.head(),
-                                  accumulate);
+                                  accumulate, s.products);
     s.device.layernorm_backward_weight(s.gradient(gradients, s.ln_f.weight),
                                        s.gradient(gradients, s.ln_f.bias), h.d_ln, h.x, h.mean,
                                        h.rstd, s.rows, s.model.d_model, accumulate);
@@ -513,7 +533,7 @@ double stage::evaluate(const float* input, const std::int32_t* tokens, const std
   if (!s.heads()) return 0.0;
   invariant(targets != nullptr, "the head has targets");
   return s.device.head_forward(a.head.logits, a.head.stats, a.head.ln, s.parameter(s.wte), targets,
-                               s.head());
+                               s.head(), s.products);
 }
 
 void stage::logits(const std::int32_t* tokens, std::int64_t row, float* to) {
@@ -523,12 +543,13 @@ void stage::logits(const std::int32_t* tokens, std::int64_t row, float* to) {
   slot_arrays& a = s.free_slot();
   s.run_to_head(a, nullptr, tokens, nullptr);
   s.device.head_logits(s.row_logits, a.head.ln + row * s.model.d_model, s.parameter(s.wte),
-                       {1, s.model.d_model, s.model.vocab_size});
+                       {1, s.model.d_model, s.model.vocab_size}, s.products);
   s.device.copy(to, s.row_logits, s.model.vocab_size);
 }
 
 void stage::apply(const float* gradients, const adamw_scalars& scalars) {
   implementation& s = *self_;
+  s.device.weights_changed();
   for (std::size_t i = 0; i < s.tensors.size(); ++i) {
     const std::int64_t moments = s.moment_offset[i];
     if (moments < 0) continue;
@@ -574,7 +595,7 @@ std::int64_t stage::allocated_bytes() const {
   for (const slot_arrays& slot : s.slots) {
     integers += static_cast<std::int64_t>(slot.tokens.size() + slot.targets.size());
   }
-  return 4 * (s.allocated_floats + integers);
+  return 4 * (s.allocated_floats + integers) + s.packed_bytes();
 }
 
 }  // namespace stagecoach

@@ -39,8 +39,10 @@ class stage {
   /// slots: how many microbatches may be in flight at once (activation sets allocated up front).
   /// moments_of: global indices of the tensors that have moments here and that apply() updates;
   /// none given: all (a sharded optimizer keeps a share, model/tensor_names.hpp).
+  /// products: what the operands of matrix products are rounded to; parameters stay fp32.
   stage(const model_spec& model, const batch_spec& batch, int unit_begin, int unit_end, int slots,
-        backend& device, const std::optional<std::vector<int>>& moments_of = std::nullopt);
+        backend& device, const std::optional<std::vector<int>>& moments_of = std::nullopt,
+        precision products = precision::fp32);
   ~stage();
   stage(const stage&) = delete;
   stage& operator=(const stage&) = delete;
@@ -49,7 +51,8 @@ class stage {
   bool has_head() const;
   std::int64_t boundary_count() const;  // B*T*C floats of a boundary activation
 
-  // ---- state, by tensor name; pointers live as long as the stage
+  // ---- state, by tensor name; pointers live as long as the stage. What is written through them
+  // counts from the next forget_microbatches() on, or the next call here.
   // -------------------------------------
   const std::vector<tensor_info>& tensors() const;  // in global order
   float* parameter(const std::string& name);        // null if not held
@@ -79,8 +82,8 @@ class stage {
   /// gradients to the flat buffer. Frees the slot.
   void backward_weight(int slot, float* gradients, bool accumulate);
 
-  /// Forgets the microbatches in flight: a dropped step leaves them between forward and weight
-  /// gradient.
+  /// Before a step: forgets the microbatches in flight, which a dropped step leaves between forward
+  /// and weight gradient, and what was derived from weights.
   void forget_microbatches();
 
   /// Forward without keeping activations, for evaluation; same arguments and result as forward.

@@ -231,8 +231,9 @@ TEST_CASE("words of other trainers lead to ours") {
 }
 
 TEST_CASE("what a later version will do is refused by name, and its neutral value accepted") {
-  for (const char* line : {"precision=bf16",
-                           "precision={compute: bf16}",
+  for (const char* line : {"precision=fp16",
+                           "precision={compute: fp8}",
+                           "precision={compute: bf16, master: bf16}",
                            "batch.ramp={from: 1, over: 2}",
                            "parallelism.recompute=full",
                            "parallelism.schedule=zero-bubble",
@@ -262,9 +263,9 @@ TEST_CASE("what a later version will do is refused by name, and its neutral valu
     CHECK(code_of(line) == "E004");
   }
   for (const char* line :
-       {"parallelism.recompute=none", "parallelism.virtual_stages=1", "elasticity.copies=2",
-        "parallelism.shard_optimizer=true", "model.dropout=0", "model.embd_pdrop=0.0",
-        "elasticity.max_failures=10 per 60m"}) {
+       {"precision=bf16", "precision={compute: bf16, master: fp32}", "parallelism.recompute=none",
+        "parallelism.virtual_stages=1", "elasticity.copies=2", "parallelism.shard_optimizer=true",
+        "model.dropout=0", "model.embd_pdrop=0.0", "elasticity.max_failures=10 per 60m"}) {
     INFO(line);
     CHECK(code_of(line) == "");
   }

@@ -25,8 +25,10 @@ struct model_shape {
 
 /// Every operation once, and the accumulating ones twice, on inputs that the seed fixes; what they
 /// wrote.
-std::vector<tensor> run_everything(backend& b, const model_shape& s, std::int64_t shift) {
+std::vector<tensor> run_everything(backend& b, const model_shape& s, std::int64_t shift,
+                                   precision p = precision::fp32) {
   std::mt19937 g(7);
+  b.weights_changed();  // earlier ones may have stood at the same addresses
   const std::int64_t m = s.batch * s.tokens, c = s.channels, n = s.wide;
   std::vector<tensor> out;
   const auto make = [&](std::int64_t count) -> float* {
@@ -39,11 +41,11 @@ std::vector<tensor> run_everything(backend& b, const model_shape& s, std::int64_
   const tensor dy = normal(g, m * n, 1, shift), gain = normal(g, c, 1, shift),
                shift_c = normal(g, c, 1, shift);
   float* y = make(m * n);
-  b.linear_forward(y, x, w, bias, m, c, n);
-  b.linear_backward_input(make(m * c), dy, w, m, c, n);
+  b.linear_forward(y, x, w, bias, m, c, n, p);
+  b.linear_backward_input(make(m * c), dy, w, m, c, n, p);
   float *dw = make(c * n), *db = make(n);
-  b.linear_backward_weight(dw, db, x, dy, m, c, n, false);
-  b.linear_backward_weight(dw, db, x, y, m, c, n, true);
+  b.linear_backward_weight(dw, db, x, dy, m, c, n, false, p);
+  b.linear_backward_weight(dw, db, x, y, m, c, n, true, p);
 
   float *norm = make(m * c), *mean = make(m), *rstd = make(m);
   b.layernorm_forward(norm, mean, rstd, x, gain, shift_c, m, c);
@@ -59,8 +61,8 @@ std::vector<tensor> run_everything(backend& b, const model_shape& s, std::int64_
   const attention_shape a{s.batch, s.tokens, s.n_head, c};
   const tensor qkv = normal(g, m * 3 * c, 1, shift);
   float *mixed = make(m * c), *lse = make(m * s.n_head);
-  b.attention_forward(mixed, lse, qkv, a);
-  b.attention_backward(make(m * 3 * c), x, qkv, mixed, lse, a);
+  b.attention_forward(mixed, lse, qkv, a, p);
+  b.attention_backward(make(m * 3 * c), x, qkv, mixed, lse, a, p);
 
   const tensor wte = normal(g, s.vocab * c, 0.2, shift), wpe = normal(g, s.tokens * c, 0.2, shift);
   const auto tokens = random_tokens(g, m, s.vocab), targets = random_tokens(g, m, s.vocab);
@@ -72,20 +74,20 @@ std::vector<tensor> run_everything(backend& b, const model_shape& s, std::int64_
                        true);
 
   const head_shape h{m, c, s.vocab};
-  float *logits = make(m * s.vocab), *stats = make(2 * m);
-  const double loss = b.head_forward(logits, stats, x, wte, targets.data(), h);
-  const double squares = b.sum_of_squares(logits, m * s.vocab);
-  b.head_logits(make(m * s.vocab), x, wte, h);
-  b.head_backward_input(make(m * c), logits, stats, wte, targets.data(), 1.0f / 1024, h);
+  float *logits = make(b.head_floats(h, p)), *stats = make(2 * m);
+  const double loss = b.head_forward(logits, stats, x, wte, targets.data(), h, p);
+  const double squares = b.sum_of_squares(x, m * c);
+  b.head_logits(make(m * s.vocab), x, wte, h, p);
+  b.head_backward_input(make(m * c), logits, stats, wte, targets.data(), 1.0f / 1024, h, p);
   float* head_dwte = make(s.vocab * c);
-  b.head_backward_weight(head_dwte, logits, x, h, false);
-  b.head_backward_weight(head_dwte, logits, norm, h, true);
+  b.head_backward_weight(head_dwte, logits, x, h, false, p);
+  b.head_backward_weight(head_dwte, logits, norm, h, true, p);
 
-  float *p = make(s.vocab * c), *first = make(s.vocab * c), *second = make(s.vocab * c);
-  b.copy(p, wte, s.vocab * c);
+  float *weights = make(s.vocab * c), *first = make(s.vocab * c), *second = make(s.vocab * c);
+  b.copy(weights, wte, s.vocab * c);
   b.copy(first, head_dwte, s.vocab * c);
   for (std::int64_t i = 0; i < s.vocab * c; ++i) second[i] = head_dwte[i] * head_dwte[i];
-  b.adamw(p, first, second, dwte, s.vocab * c,
+  b.adamw(weights, first, second, dwte, s.vocab * c,
           {0.01f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.1f, 0.05f, 0.7f});
 
   float* scalars = make(4);
@@ -119,18 +121,21 @@ constexpr model_shape shapes[] = {
 TEST_CASE("the same bits with 1, 2, 3 and 8 threads, at any alignment, and when repeated") {
   const auto one = make_cpu_backend(1);
   const auto two = make_cpu_backend(2), three = make_cpu_backend(3), eight = make_cpu_backend(8);
-  for (const model_shape& s : shapes) {
-    CAPTURE(s.tokens);
-    CAPTURE(s.channels);
-    const auto want = run_everything(*one, s, 0);
-    for (const tensor& t : want)
-      for (std::int64_t i = 0; i < t.count() && &t != &want.back(); ++i)
-        if (!std::isfinite(t[i])) FAIL("not finite");
-    check_same(run_everything(*one, s, 0), want);
-    check_same(run_everything(*two, s, 0), want);
-    check_same(run_everything(*three, s, 1), want);
-    check_same(run_everything(*eight, s, 5), want);
-  }
+  for (const precision p : {precision::fp32, precision::bf16})
+    for (const model_shape& s : shapes) {
+      CAPTURE(s.tokens);
+      CAPTURE(s.channels);
+      CAPTURE(p == precision::bf16);
+      const auto want = run_everything(*one, s, 0, p);
+      for (const tensor& t : want)
+        // bf16's store between forward and backward holds no floats.
+        for (std::int64_t i = 0; p == precision::fp32 && i < t.count() && &t != &want.back(); ++i)
+          if (!std::isfinite(t[i])) FAIL("not finite");
+      check_same(run_everything(*one, s, 0, p), want);
+      check_same(run_everything(*two, s, 0, p), want);
+      check_same(run_everything(*three, s, 1, p), want);
+      check_same(run_everything(*eight, s, 5, p), want);
+    }
 }
 
 TEST_CASE("earlier calls of other shapes change nothing") {

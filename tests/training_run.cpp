@@ -73,7 +73,7 @@ std::int64_t allocated_by_stage(const job_spec& spec, const layout& shape, int s
   auto device = make_cpu_backend(1);
   const stage model(spec.model, spec.batch, shape.unit_cuts[stage_index],
                     shape.unit_cuts[stage_index + 1], *step_runner::slots(spec, p, stage_index),
-                    *device);
+                    *device, std::nullopt, precision_of(spec.precision));
   return model.allocated_bytes();
 }
 
@@ -108,7 +108,8 @@ run_outcome run_in_process(const job_spec& spec, const layout& shape, int thread
       stage model(spec.model, spec.batch, shape.unit_cuts[s], shape.unit_cuts[s + 1],
                   *step_runner::slots(spec, p, rank), *device,
                   kept_moments(spec, shape.unit_cuts[s], shape.unit_cuts[s + 1], p.replica_of(rank),
-                               shape.replica_count));
+                               shape.replica_count),
+                  precision_of(spec.precision));
       model.initialise_parameters();
       shadow_state copies(*device);
       const auto kept = copies_kept(spec, shape, hosts_of(p), rank);

@@ -109,8 +109,9 @@ class bench_run {
   // ---- one worker's step, against PyTorch
   // -------------------------------------------------------------- d6/384, B 4, T 256, padded
   // vocabulary: the shape of the published peers' figures. One microbatch a step.
-  static job_spec step_spec() {
+  static job_spec step_spec(const std::string& precision) {
     job_spec spec;
+    spec.precision = precision;
     spec.name = "bench-step";
     spec.model = {"small-384", 6, 384, 6, 1536, 50304, 1024, "random", 1, 0.02};
     spec.data.tokenizer = "none";
@@ -143,7 +144,8 @@ class bench_run {
         t = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(std::min<std::int64_t>(
                                                      spec.model.vocab_size, 50257)));
       model = std::make_unique<stage>(spec.model, spec.batch, 0, unit_count(spec.model),
-                                      *step_runner::slots(spec, shape, 0), *device);
+                                      *step_runner::slots(spec, shape, 0), *device, std::nullopt,
+                                      precision_of(spec.precision));
       model->initialise_parameters();
       token_reader reader{static_cast<std::int64_t>(tokens.size()),
                           [this](std::int64_t begin, std::int64_t n, std::int32_t* out) {
@@ -162,13 +164,13 @@ class bench_run {
   };
 
   // ms per step of the peer, or NaN. The script prints one JSON line with "ms".
-  double peer_ms(int threads) {
+  double peer_ms(int threads, const std::string& precision) {
     if (own_.peer.empty()) return std::nan("");
     // The traps of the environment: a BLAS core type meant for old libraries, spinning barriers.
     const std::string command = fmt::format(
         "env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE OMP_WAIT_POLICY=passive OMP_NUM_THREADS={0} "
-        "OPENBLAS_NUM_THREADS={0} {1} {2} --threads {0} 2>/dev/null",
-        threads, own_.peer, own_.peer_script);
+        "OPENBLAS_NUM_THREADS={0} {1} {2} --threads {0} --precision {3} 2>/dev/null",
+        threads, own_.peer, own_.peer_script, precision);
     FILE* pipe = popen(command.c_str(), "r");
     if (pipe == nullptr) return std::nan("");
     std::string text;
@@ -182,14 +184,19 @@ class bench_run {
   }
 
   void step() {
-    for (int threads : {1, own_.threads}) {
-      if (is_interrupted()) return;
+    for (const char* precision : {"fp32", "bf16"})
+      for (int threads : {1, own_.threads})
+        if (!is_interrupted()) step(precision, threads);
+  }
+
+  void step(const std::string& precision, int threads) {
+    {
       std::vector<double> ours, theirs;
       step_times phases;
       std::int64_t bytes = 0;
       for (int round = 0; round < own_.rounds; ++round) {
         {
-          bare b(step_spec(), threads);
+          bare b(step_spec(precision), threads);
           b.once();
           std::vector<double> ms;
           for (int i = 0; i < 5; ++i) ms.push_back(b.once() * 1e3);
@@ -197,12 +204,12 @@ class bench_run {
           phases = b.runner->times();
           bytes = b.model->allocated_bytes() + b.runner->allocated_bytes();
         }
-        const double peer = peer_ms(threads);
+        const double peer = peer_ms(threads, precision);
         if (!std::isnan(peer)) theirs.push_back(peer);
       }
       const double tokens = 4 * 256;
       json out = {{"threads", threads},
-                  {"shape", "d6/384 B4 T256 V50304 fp32"},
+                  {"shape", "d6/384 B4 T256 V50304 " + precision},
                   {"ms", median(ours)},
                   {"tokens_per_s", tokens / median(ours) * 1e3},
                   {"best_ms", *std::min_element(ours.begin(), ours.end())},

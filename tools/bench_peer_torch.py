@@ -18,6 +18,7 @@ parser = argparse.ArgumentParser()
 for name, value in dict(layers=6, channels=384, heads=6, batch=4, tokens=256, vocab=50304, threads=2,
                         steps=5, warm=1).items():
     parser.add_argument("--" + name, type=int, default=value)
+parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")  # bf16: autocast
 args = parser.parse_args()
 torch.set_num_threads(args.threads)
 torch.manual_seed(0)
@@ -73,11 +74,12 @@ times = []
 for step in range(args.warm + args.steps):
     began = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)
-    loss = model(tokens, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.precision == "bf16"):
+        loss = model(tokens, targets)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     if step >= args.warm:
         times.append((time.perf_counter() - began) * 1e3)
 print(json.dumps({"ms": statistics.median(times), "best_ms": min(times), "version": torch.__version__,
-                  "threads": args.threads, "loss": loss.item()}))
+                  "threads": args.threads, "precision": args.precision, "loss": loss.item()}))

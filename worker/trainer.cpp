@@ -459,8 +459,8 @@ struct trainer::implementation {
                             keeps == kept && slot_count == *slots && same_model(c.spec);
     std::unique_ptr<stage> fresh;
     if (!same_stage)
-      fresh =
-          std::make_unique<stage>(c.spec.model, c.spec.batch, first, last, *slots, *device, keeps);
+      fresh = std::make_unique<stage>(c.spec.model, c.spec.batch, first, last, *slots, *device,
+                                      keeps, precision_of(c.spec.precision));
     new_state target{same_stage ? *model : *fresh, std::make_unique<shadow_state>(*device)};
     const bool can_share = has_state && state_step == c.step && c.source == source_kind::live;
     for (const tensor_info& t : tensors_to_copy(c.spec, c.shape, rank))
@@ -559,7 +559,8 @@ struct trainer::implementation {
   }
 
   bool same_model(const job_spec& other) const {
-    return spec.model == other.model && spec.batch == other.batch;
+    return spec.model == other.model && spec.batch == other.batch &&
+           spec.precision == other.precision;
   }
 
   token_reader reader_of(const std::shared_ptr<const token_source>& source) {

@@ -142,7 +142,8 @@ class replay {
     auto slots = step_runner::slots(spec_, plan_, rank);
     if (!slots) return slots.err();
     stage model(spec_.model, spec_.batch, cuts[static_cast<std::size_t>(s)],
-                cuts[static_cast<std::size_t>(s) + 1], *slots, *device);
+                cuts[static_cast<std::size_t>(s) + 1], *slots, *device, std::nullopt,
+                precision_of(spec_.precision));
     const auto target = [&model](const std::string& name) {
       return state_target{model.parameter(name), model.moment1(name), model.moment2(name)};
     };

@@ -1,26 +1,26 @@
 // The CPU: oneDNN for every matrix product, row kernels for the rest, cut into tasks for our own
-// threads.
+// threads. Products with bf16 operands are bf16_products.hpp's.
 //
 // oneDNN is called with one thread on tiles that shape alone fixes; which thread runs a tile
 // changes no bit (DESIGN 4). Its plain sgemm on these tiles was as fast as its matmul primitives
 // with packed weights (0.996 of their time, summed over a GPT-2 step of 6 layers of 384 at one
 // thread, measured interleaved). It takes strides and keeps no state per shape, so nothing needs to
 // know when weights change.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <dnnl.hpp>
-#include <new>
-#include <utility>
 #include <vector>
 
 #include "config/result.hpp"
 #include "kernels/backend.hpp"
+#include "kernels/bf16_sizes.hpp"
+#include "kernels/cpu/bf16_products.hpp"
+#include "kernels/cpu/head_pieces.hpp"
 #include "kernels/cpu/instruction_set.hpp"
 #include "kernels/cpu/row_kernels.hpp"
+#include "kernels/cpu/scratch_buffer.hpp"
 #include "kernels/cpu/thread_pool.hpp"
 #include "kernels/fixed_order.hpp"
 
@@ -35,7 +35,7 @@ constexpr int64_t row_chunk = 32;
 constexpr int64_t column_chunk = 64;  // of column sums: four cache lines of each row
 constexpr int64_t query_rows = 64;    // attention tile: less of the upper triangle than 128
 constexpr int64_t head_rows = 256;
-constexpr int64_t head_columns = 768;
+constexpr int64_t piece_step = 16;         // of the head's pieces: whole vectors
 constexpr int64_t product_step = 48;       // columns of oneDNN's inner kernel
 constexpr int64_t tile_count_wanted = 16;  // keeps 8 threads busy
 constexpr int64_t weight_tile_count =
@@ -48,9 +48,6 @@ constexpr int64_t head_weight_rows = 128;
 // slower at these tiles.
 constexpr int64_t transposing_rows = 512;
 constexpr int64_t transposing_chunk = 64;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 /// A grid of equal pieces (the last ones may be smaller) over a matrix.
 struct tile_grid {
@@ -97,40 +94,13 @@ void weight_product(int64_t m, int64_t n, int64_t rows, int64_t step, const floa
             a + begin * lda, lda, b + begin * ldb, ldb, accumulate || begin != 0, c, ldc);
 }
 
-/// 64-byte aligned memory, not zeroed. From 4 MiB on in huge pages where the system grants them:
-/// the head walks columns of rows that lie 200 KB apart, and small pages cost it a few percent.
-float* allocate_floats(int64_t count) {
-  constexpr std::size_t huge_page = std::size_t{2} << 20;
-  std::size_t bytes =
-      std::max<std::size_t>(64, static_cast<std::size_t>(round_up(count, 16)) * sizeof(float));
-  const bool is_large = bytes >= 2 * huge_page;
-  if (is_large) bytes = (bytes + huge_page - 1) / huge_page * huge_page;
-  void* p = std::aligned_alloc(is_large ? huge_page : 64, bytes);
-  if (p == nullptr) throw std::bad_alloc();
-  if (is_large) madvise(p, bytes, MADV_HUGEPAGE);  // advice only: a refusal changes nothing
-  return static_cast<float*>(p);
+/// The CPU's own instruction where it does what bf16_kernels.hpp says, else the same in two.
+const bf16_kernels& bf16_kernels_of(instruction_set set) {
+  if (set == instruction_set::avx2) return bf16_kernels_avx2;
+  static const bool is_native = __builtin_cpu_supports("avx512bf16") &&
+                                agrees_with(bf16_kernels_avx512_bf16, bf16_kernels_avx512);
+  return is_native ? bf16_kernels_avx512_bf16 : bf16_kernels_avx512;
 }
-
-/// Scratch that grows and is kept.
-class scratch_buffer {
- public:
-  scratch_buffer() = default;
-  scratch_buffer(scratch_buffer&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), count_(other.count_) {}
-  ~scratch_buffer() { std::free(data_); }
-  float* of(int64_t count) {
-    if (count > count_) {
-      std::free(data_);
-      count_ = round_up(count, 16);
-      data_ = allocate_floats(count_);
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t count_ = 0;
-};
 
 class cpu_backend final : public backend {
  public:
@@ -138,14 +108,26 @@ class cpu_backend final : public backend {
       : set_(set),
         rows_(set == instruction_set::avx512 ? row_kernels_avx512 : row_kernels_avx2),
         pool_(threads),
-        lane_scratch_(threads) {}
+        lane_scratch_(threads),
+        bf16_(pool_, bf16_kernels_of(set), rows_) {}
 
   std::string name() const override { return std::string("cpu:") + to_string(set_); }
+
+  // ---- packed weights -----------------------------------------------------------------------
+
+  void weights_changed() override { bf16_.weights_changed(); }
+  int64_t packed_linear_bytes(int64_t k, int64_t n, precision p) const override {
+    return p == precision::bf16 ? bf16_linear_bytes(k, n) : 0;
+  }
+  int64_t packed_head_bytes(head_shape s, precision p) const override {
+    return p == precision::bf16 ? bf16_products::packed_head_bytes(s.channels, s.vocab) : 0;
+  }
 
   // ---- linear -------------------------------------------------------------------------------
 
   void linear_forward(float* y, const float* x, const float* w, const float* bias, int64_t m,
-                      int64_t k, int64_t n) override {
+                      int64_t k, int64_t n, precision p) override {
+    if (p == precision::bf16) return bf16_.linear_forward(y, x, w, bias, m, k, n);
     const tile_grid grid = product_grid(m, n, 128, tile_count_wanted);
     pool_.run(grid.count(), [&](int64_t tile, int) {
       const index_range r = grid.row_range(tile), c = grid.column_range(tile);
@@ -157,7 +139,8 @@ class cpu_backend final : public backend {
   }
 
   void linear_backward_input(float* dx, const float* dy, const float* w, int64_t m, int64_t k,
-                             int64_t n) override {
+                             int64_t n, precision p) override {
+    if (p == precision::bf16) return bf16_.linear_backward_input(dx, dy, w, m, k, n);
     const bool is_turned = m >= transposing_rows;
     const tile_grid grid = product_grid(m, k, is_turned ? 128 : 256, tile_count_wanted);
     float* turned = is_turned ? turned_.of(k * n) : nullptr;  // [N, K]
@@ -178,7 +161,15 @@ class cpu_backend final : public backend {
   }
 
   void linear_backward_weight(float* dw, float* dbias, const float* x, const float* dy, int64_t m,
-                              int64_t k, int64_t n, bool accumulate) override {
+                              int64_t k, int64_t n, bool accumulate, precision p) override {
+    if (p == precision::bf16) {
+      bf16_.linear_backward_weight(dw, x, dy, m, k, n, accumulate);
+      if (dbias != nullptr)
+        each_chunk(n, column_chunk, [&](int64_t j, int64_t count) {
+          rows_.column_sums(dbias + j, dy + j, n, m, count, accumulate);
+        });
+      return;
+    }
     const tile_grid grid = product_grid(k, n, 192, weight_tile_count);
     const int64_t bias_tasks = dbias != nullptr ? divide_up(n, column_chunk) : 0;
     pool_.run(grid.count() + bias_tasks, [&](int64_t task, int) {
@@ -236,7 +227,9 @@ class cpu_backend final : public backend {
 
   // ---- attention ----------------------------------------------------------------------------
 
-  void attention_forward(float* out, float* lse, const float* qkv, attention_shape s) override {
+  void attention_forward(float* out, float* lse, const float* qkv, attention_shape s,
+                         precision p) override {
+    if (p == precision::bf16) return bf16_.attention_forward(out, lse, qkv, s);
     const int64_t t = s.tokens, c = s.channels, d = c / s.n_head;
     const int64_t ld = round_up(t, 16), tiles = divide_up(t, query_rows);
     const float scale = 1 / std::sqrt(static_cast<float>(d));
@@ -263,7 +256,8 @@ class cpu_backend final : public backend {
   }
 
   void attention_backward(float* dqkv, const float* dout, const float* qkv, const float* out,
-                          const float* lse, attention_shape s) override {
+                          const float* lse, attention_shape s, precision kind) override {
+    if (kind == precision::bf16) return bf16_.attention_backward(dqkv, dout, qkv, out, lse, s);
     const int64_t t = s.tokens, c = s.channels, d = c / s.n_head;
     const int64_t ld = round_up(t, 16), tiles = divide_up(t, query_rows);
     const float scale = 1 / std::sqrt(static_cast<float>(d));
@@ -327,9 +321,18 @@ class cpu_backend final : public backend {
 
   // ---- head ---------------------------------------------------------------------------------
 
+  int64_t head_floats(head_shape s, precision p) const override {
+    return p == precision::bf16 ? bf16_products::head_floats(s) : s.rows * s.vocab;
+  }
   double head_forward(float* logits, float* stats, const float* x, const float* wte,
-                      const std::int32_t* targets, head_shape s) override {
-    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab);
+                      const std::int32_t* targets, head_shape s, precision p) override {
+    sums_.resize(divide_up(s.rows, loss_block_rows));
+    if (p == precision::bf16) {
+      float* losses = head_scratch_.of(s.rows);
+      bf16_.head_forward(logits, stats, losses, x, wte, targets, s);
+      return sum_losses(losses, s.rows, sums_.data());
+    }
+    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab, piece_step);
     const int64_t piece_count = static_cast<int64_t>(pieces.size());
     // With many pieces each takes all rows, and turning its weights over pays; with few, rows are
     // cut too.
@@ -360,30 +363,17 @@ class cpu_backend final : public backend {
                             s.vocab, rows, v.count());
       }
     });
-    // Pieces merge to blocks and blocks to the row by the same formula and tree.
-    const int64_t blocks = head_block_count(s.vocab);
-    const int64_t per_block = piece_count / blocks;
-    std::vector<softmax_part> parts(per_block), block_parts(blocks);
-    for (int64_t row = 0; row < s.rows; ++row) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        for (int64_t i = 0; i < per_block; ++i) {
-          const int64_t at = (b * per_block + i) * s.rows + row;
-          parts[i] = {max[at], sum[at]};
-        }
-        block_parts[b] = merge_tree(parts.data(), per_block, merge_softmax);
-      }
-      const softmax_part whole = merge_tree(block_parts.data(), blocks, merge_softmax);
-      stats[row] = whole.max;
-      stats[s.rows + row] = whole.sum;
-      losses[row] = row_loss(whole, logits[row * s.vocab + targets[row]]);
-    }
-    sums_.resize(divide_up(s.rows, loss_block_rows));
+    merge_pieces(stats, losses, {max, sum}, piece_count, head_block_count(s.vocab), s.rows,
+                 [&](int64_t row) { return logits[row * s.vocab + targets[row]]; });
     return sum_losses(losses, s.rows, sums_.data());
   }
 
   void head_backward_input(float* dx, float* logits, const float* stats, const float* wte,
-                           const std::int32_t* targets, float scale, head_shape s) override {
-    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab);
+                           const std::int32_t* targets, float scale, head_shape s,
+                           precision p) override {
+    if (p == precision::bf16)
+      return bf16_.head_backward_input(dx, logits, stats, wte, targets, scale, s);
+    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab, piece_step);
     const int64_t blocks = head_block_count(s.vocab);
     const int64_t per_block = static_cast<int64_t>(pieces.size()) / blocks;
     const tile_grid grid{s.rows, blocks, 128, 1};
@@ -409,18 +399,14 @@ class cpu_backend final : public backend {
     });
     if (blocks == 1) return;
     each_chunk(size, element_chunk, [&](int64_t begin, int64_t count) {
-      // The full binary tree over blocks, a level at a time, in place of the partial gradients.
-      for (int64_t step = 1; step < blocks; step *= 2)
-        for (int64_t b = 0; b + step < blocks; b += 2 * step) {
-          float *left = partial + b * size + begin, *right = partial + (b + step) * size + begin;
-          rows_.add(2 * step == blocks ? dx + begin : left, left, right, count);
-        }
+      merge_partials(dx, partial, blocks, size, begin, count, rows_.add);
     });
   }
 
   void head_backward_weight(float* dwte, const float* logits, const float* x, head_shape s,
-                            bool accumulate) override {
-    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab);
+                            bool accumulate, precision p) override {
+    if (p == precision::bf16) return bf16_.head_backward_weight(dwte, logits, x, s, accumulate);
+    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab, piece_step);
     pool_.run(static_cast<int64_t>(pieces.size()), [&](int64_t piece, int) {
       const index_range v = pieces[piece];
       weight_product(v.count(), s.channels, s.rows, head_weight_rows, logits + v.begin, s.vocab, x,
@@ -428,8 +414,10 @@ class cpu_backend final : public backend {
     });
   }
 
-  void head_logits(float* logits, const float* x, const float* wte, head_shape s) override {
-    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab);
+  void head_logits(float* logits, const float* x, const float* wte, head_shape s,
+                   precision p) override {
+    if (p == precision::bf16) return bf16_.head_logits(logits, x, wte, s);
+    const std::vector<index_range> pieces = vocabulary_pieces(s.vocab, piece_step);
     const int64_t row_tiles = divide_up(s.rows, head_rows);
     pool_.run(static_cast<int64_t>(pieces.size()) * row_tiles, [&](int64_t task, int) {
       const index_range v = pieces[task / row_tiles];
@@ -469,7 +457,10 @@ class cpu_backend final : public backend {
     std::memset(p, 0, static_cast<std::size_t>(count) * sizeof(float));
     return p;
   }
-  void release(float* p) override { std::free(p); }
+  void release(float* p) override {
+    bf16_.forget_weights();  // the next owner of these addresses may hold other weights there
+    std::free(p);
+  }
   void copy(float* to, const float* from, int64_t count) override {
     std::memmove(to, from, static_cast<std::size_t>(count) * sizeof(float));
   }
@@ -492,29 +483,13 @@ class cpu_backend final : public backend {
     for (scratch_buffer& scratch : lane_scratch_) scratch.of(count);
   }
 
-  /// Each of the head's blocks cut into the same number of pieces of about head_columns.
-  static std::vector<index_range> vocabulary_pieces(int64_t vocab) {
-    const int64_t blocks = head_block_count(vocab);
-    const int64_t per_block = std::max<int64_t>(1, divide_up(vocab / blocks, head_columns));
-    std::vector<index_range> pieces;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const index_range block = block_of(vocab, b, blocks);
-      // Rounded down to whole vectors from the block's start; no piece is empty, for each has 16 or
-      // more.
-      const auto border = [&](int64_t i) {
-        return i == per_block ? block.end : block.begin + block.count() * i / per_block / 16 * 16;
-      };
-      for (int64_t i = 0; i < per_block; ++i) pieces.push_back({border(i), border(i + 1)});
-    }
-    return pieces;
-  }
-
   instruction_set set_;
   const row_kernels& rows_;
   thread_pool pool_;
   std::vector<scratch_buffer> lane_scratch_;
   scratch_buffer head_scratch_, turned_;
   std::vector<double> sums_;
+  bf16_products bf16_;
 };
 
 }  // namespace

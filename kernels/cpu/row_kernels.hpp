@@ -36,6 +36,8 @@ struct row_kernels {
   void (*gelu_forward)(float* y, const float* x, std::int64_t count);
   void (*gelu_backward)(float* dx, const float* dy, const float* x, std::int64_t count);
   void (*add)(float* y, const float* a, const float* b, std::int64_t count);
+  /// y += factor * x, rounded twice
+  void (*add_scaled)(float* y, const float* x, float factor, std::int64_t count);
 
   /// Scores [rows, ld] become exp(score - maximum); row i has first_valid + i columns, the rest up
   /// to `columns` become 0. inverse [rows] = 1 / sum; lse [rows] = maximum + log(sum).
@@ -55,6 +57,9 @@ struct row_kernels {
   /// maximum).
   void (*softmax_stats)(float* max, float* sum, const float* logits, std::int64_t ld,
                         std::int64_t rows, std::int64_t columns);
+  /// The same, and logits [rows, ld] become exp(logit - maximum).
+  void (*softmax_exponentials)(float* max, float* sum, float* logits, std::int64_t ld,
+                               std::int64_t rows, std::int64_t columns);
   /// logits [rows, ld] become exp(logit - max[i]) * factor[i]
   void (*softmax_gradient)(float* logits, std::int64_t ld, const float* max, const float* factor,
                            std::int64_t rows, std::int64_t columns);

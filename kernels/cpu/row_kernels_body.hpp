@@ -301,6 +301,12 @@ void add(float* y, const float* a, const float* b, int64_t count) {
   });
 }
 
+void add_scaled(float* y, const float* x, float factor, int64_t count) {
+  each_vector(count, [&](int64_t i, int64_t n) {
+    store_upto(y + i, load_upto(y + i, n, 0) + load_upto(x + i, n, 0) * factor, n);
+  });
+}
+
 double sum_of_squares(const float* x, int64_t count) {
   typedef double doubles __attribute__((vector_size(32)));
   typedef float four __attribute__((vector_size(16)));
@@ -402,6 +408,20 @@ void softmax_stats(float* max, float* sum, const float* logits, int64_t ld, int6
   }
 }
 
+void softmax_exponentials(float* max, float* sum, float* logits, int64_t ld, int64_t rows,
+                          int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = logits + r * ld;
+    const float top = largest(row, columns);
+    max[r] = top;
+    sum[r] = sum_of(columns, [&](int64_t i, int64_t n) {
+      const vec e = exp(load_upto(row + i, n, -__builtin_inff()) - top);
+      store_upto(row + i, e, n);
+      return e;
+    });
+  }
+}
+
 void softmax_gradient(float* logits, int64_t ld, const float* max, const float* factor,
                       int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -420,10 +440,12 @@ constexpr row_kernels table{add_bias,
                             gelu_forward,
                             gelu_backward,
                             add,
+                            add_scaled,
                             causal_softmax,
                             scale_rows,
                             causal_softmax_backward,
                             softmax_stats,
+                            softmax_exponentials,
                             softmax_gradient,
                             transpose,
                             sum_of_squares,

@@ -25,6 +25,22 @@ void store(float* out, const std::vector<double>& sums, bool accumulate) {
     out[j] = accumulate ? out[j] + static_cast<float>(sums[j]) : static_cast<float>(sums[j]);
 }
 
+/// To the nearest bf16, ties to even; below the smallest normal number to zero.
+float round_to(precision p, float x) {
+  if (p == precision::fp32 || std::isnan(x)) return x;
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7F800000) == 0) bits &= 0x80000000;
+  bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+std::vector<float> rounded(precision p, const float* x, std::int64_t count) {
+  std::vector<float> to(x, x + count);
+  for (float& value : to) value = round_to(p, value);
+  return to;
+}
+
 double dot(const float* a, const float* b, std::int64_t count) {
   double sum = 0;
   for (std::int64_t i = 0; i < count; ++i) sum += double{a[i]} * b[i];
@@ -41,7 +57,10 @@ class reference_backend final : public backend {
   std::string name() const override { return "reference"; }
 
   void linear_forward(float* y, const float* x, const float* w, const float* bias, std::int64_t m,
-                      std::int64_t k, std::int64_t n) override {
+                      std::int64_t k, std::int64_t n, precision p) override {
+    if (p != precision::fp32)
+      return linear_forward(y, rounded(p, x, m * k).data(), rounded(p, w, k * n).data(), bias, m, k,
+                            n, precision::fp32);
     std::vector<double> sums(n);
     for (std::int64_t i = 0; i < m; ++i) {
       sums.assign(n, 0);
@@ -52,19 +71,23 @@ class reference_backend final : public backend {
   }
 
   void linear_backward_input(float* dx, const float* dy, const float* w, std::int64_t m,
-                             std::int64_t k, std::int64_t n) override {
+                             std::int64_t k, std::int64_t n, precision p) override {
+    if (p != precision::fp32)
+      return linear_backward_input(dx, rounded(p, dy, m * n).data(), rounded(p, w, k * n).data(), m,
+                                   k, n, precision::fp32);
     for (std::int64_t i = 0; i < m; ++i)
       for (std::int64_t l = 0; l < k; ++l)
         dx[i * k + l] = static_cast<float>(dot(dy + i * n, w + l * n, n));
   }
 
   void linear_backward_weight(float* dw, float* dbias, const float* x, const float* dy,
-                              std::int64_t m, std::int64_t k, std::int64_t n,
-                              bool accumulate) override {
+                              std::int64_t m, std::int64_t k, std::int64_t n, bool accumulate,
+                              precision p) override {
+    const std::vector<float> left = rounded(p, x, m * k), right = rounded(p, dy, m * n);
     std::vector<double> sums(n);
     for (std::int64_t l = 0; l < k; ++l) {
       sums.assign(n, 0);
-      for (std::int64_t i = 0; i < m; ++i) add_scaled(sums, x[i * k + l], dy + i * n);
+      for (std::int64_t i = 0; i < m; ++i) add_scaled(sums, left[i * k + l], right.data() + i * n);
       store(dw + l * n, sums, accumulate);
     }
     if (dbias == nullptr) return;
@@ -138,9 +161,12 @@ class reference_backend final : public backend {
     for (std::int64_t i = 0; i < count; ++i) y[i] = a[i] + b[i];
   }
 
-  void attention_forward(float* out, float* lse, const float* qkv, attention_shape s) override {
+  void attention_forward(float* out, float* lse, const float* unrounded, attention_shape s,
+                         precision kind) override {
     const std::int64_t c = s.channels, d = c / s.n_head, t = s.tokens;
     const double scale = 1 / std::sqrt(static_cast<double>(d));
+    const std::vector<float> operands = rounded(kind, unrounded, s.batch * t * 3 * c);
+    const float* qkv = operands.data();
     std::vector<float> p(t);
     std::vector<double> sums(d);
     for (std::int64_t b = 0; b < s.batch; ++b)
@@ -159,7 +185,7 @@ class reference_backend final : public backend {
           for (std::int64_t j = 0; j <= i; ++j) {
             const float e = math::exp(p[j] - max);
             sum += double{e};
-            add_scaled(sums, e, v + j * 3 * c);
+            add_scaled(sums, round_to(kind, e), v + j * 3 * c);
           }
           for (double& x : sums) x /= sum;
           store(out + (b * t + i) * c + h * d, sums, false);
@@ -167,9 +193,12 @@ class reference_backend final : public backend {
         }
   }
 
-  void attention_backward(float* dqkv, const float* dout, const float* qkv, const float* out,
-                          const float* lse, attention_shape s) override {
+  void attention_backward(float* dqkv, const float* dout, const float* unrounded, const float* out,
+                          const float* lse, attention_shape s, precision kind) override {
     const std::int64_t c = s.channels, d = c / s.n_head, t = s.tokens;
+    const std::vector<float> operands = rounded(kind, unrounded, s.batch * t * 3 * c);
+    const std::vector<float> slopes = rounded(kind, dout, s.batch * t * c);
+    const float* qkv = operands.data();
     const double scale = 1 / std::sqrt(static_cast<double>(d));
     std::vector<double> dq(d), dk(t * d), dv(t * d);
     for (std::int64_t b = 0; b < s.batch; ++b)
@@ -185,11 +214,14 @@ class reference_backend final : public backend {
             const float* k = qkv + (b * t + j) * 3 * c + c + h * d;
             const float score = static_cast<float>(dot(q, k, d) * scale);
             const double p = math::exp(score - lse[(b * s.n_head + h) * t + i]);
-            const double ds = p * (dot(dout + at, k + c, d) - delta) * scale;
+            const double exact = p * (dot(slopes.data() + at, k + c, d) - delta) * scale;
+            const bool is_exact = kind == precision::fp32;
+            const double ds = is_exact ? exact : round_to(kind, static_cast<float>(exact));
+            const double weight = is_exact ? p : round_to(kind, static_cast<float>(p));
             add_scaled(dq, ds, k);
             for (std::int64_t l = 0; l < d; ++l) {
               dk[j * d + l] += ds * q[l];
-              dv[j * d + l] += p * dout[at + l];
+              dv[j * d + l] += weight * slopes[at + l];
             }
           }
           store(dqkv + (b * t + i) * 3 * c + h * d, dq, false);
@@ -225,8 +257,8 @@ class reference_backend final : public backend {
   }
 
   double head_forward(float* logits, float* stats, const float* x, const float* wte,
-                      const std::int32_t* targets, head_shape s) override {
-    head_logits(logits, x, wte, s);
+                      const std::int32_t* targets, head_shape s, precision p) override {
+    head_logits(logits, x, wte, s, p);
     const std::int64_t n = head_block_count(s.vocab);
     std::vector<softmax_part> parts(n);
     std::vector<float> losses(s.rows);
@@ -252,8 +284,10 @@ class reference_backend final : public backend {
   }
 
   void head_backward_input(float* dx, float* logits, const float* stats, const float* wte,
-                           const std::int32_t* targets, float scale, head_shape s) override {
+                           const std::int32_t* targets, float scale, head_shape s,
+                           precision p) override {
     const std::int64_t n = head_block_count(s.vocab);
+    const std::vector<float> weights = rounded(p, wte, s.vocab * s.channels);
     std::vector<float> parts(n);
     std::vector<double> sums(s.channels);
     std::vector<std::vector<float>> partial(n, std::vector<float>(s.channels));
@@ -266,7 +300,7 @@ class reference_backend final : public backend {
         const index_range block = block_of(s.vocab, b, n);
         sums.assign(s.channels, 0);
         for (std::int64_t j = block.begin; j < block.end; ++j)
-          add_scaled(sums, row[j], wte + j * s.channels);
+          add_scaled(sums, round_to(p, row[j]), weights.data() + j * s.channels);
         store(partial[b].data(), sums, false);
       }
       for (std::int64_t l = 0; l < s.channels; ++l) {
@@ -278,17 +312,22 @@ class reference_backend final : public backend {
   }
 
   void head_backward_weight(float* dwte, const float* logits, const float* x, head_shape s,
-                            bool accumulate) override {
+                            bool accumulate, precision p) override {
+    const std::vector<float> inputs = rounded(p, x, s.rows * s.channels);
     std::vector<double> sums(s.channels);
     for (std::int64_t j = 0; j < s.vocab; ++j) {
       sums.assign(s.channels, 0);
       for (std::int64_t i = 0; i < s.rows; ++i)
-        add_scaled(sums, logits[i * s.vocab + j], x + i * s.channels);
+        add_scaled(sums, round_to(p, logits[i * s.vocab + j]), inputs.data() + i * s.channels);
       store(dwte + j * s.channels, sums, accumulate);
     }
   }
 
-  void head_logits(float* logits, const float* x, const float* wte, head_shape s) override {
+  void head_logits(float* logits, const float* x, const float* wte, head_shape s,
+                   precision p) override {
+    if (p != precision::fp32)
+      return head_logits(logits, rounded(p, x, s.rows * s.channels).data(),
+                         rounded(p, wte, s.vocab * s.channels).data(), s, precision::fp32);
     for (std::int64_t i = 0; i < s.rows; ++i)
       for (std::int64_t j = 0; j < s.vocab; ++j)
         logits[i * s.vocab + j] =

@@ -1,0 +1,6 @@
+// The bf16 products for CPUs with AVX2 and FMA; flags in kernels/CMakeLists.txt.
+#include "kernels/cpu/bf16_kernels_body.hpp"
+
+namespace stagecoach {
+const bf16_kernels bf16_kernels_avx2 = table;
+}
