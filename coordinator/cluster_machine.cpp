@@ -216,10 +216,6 @@ void cluster_machine::on(const events::worker_said& e) {
     return;
   }
   w->heard_ms = now_ms_;
-  if (w->is_lost) {
-    w->is_lost = false;
-    is_place_due_ = true;
-  }
   const worker_id id = w->record.id;
   if (const auto* last = std::get_if<goodbye>(&e.message)) {
     out_.push_back(actions::close{e.connection, "goodbye"});
@@ -232,6 +228,11 @@ void cluster_machine::on(const events::worker_said& e) {
                   b->stands_ms >= rules_.stand_ms;
     if (b->job != 0 && static_cast<job_id>(b->job) != w->job && !readmit(*w, *b)) {
       stop_stale(*w, b->job, "the job goes on without this worker");
+    }
+    // Free again only now: its first words may be of links, and name no state that its job wants.
+    if (w->is_lost) {
+      w->is_lost = false;
+      is_place_due_ = true;
     }
     // Also a beat that names no job is a sign of life to the job that waits for an answer.
     if (w->job != job_id{}) tell(w->job, job_events::worker_said{id, e.message});
