@@ -37,7 +37,7 @@ using clock = std::chrono::steady_clock;
 using namespace std::chrono_literals;
 
 struct bench_flags {
-  std::string part = "all", peer, peer_script;
+  std::string part = "all", peer, peer_script, precision = "both", shape = "both", save;
   int rounds = 5, threads = 2, kills = 20;
   elastic_flags elastic;
 };
@@ -50,8 +50,17 @@ std::string cpu_name() {
   return "unknown";
 }
 
+/// How many others wanted a core just now: figures of a busy machine say so.
+double load_now() {
+  double load = std::nan("");
+  std::ifstream("/proc/loadavg") >> load;
+  return load;
+}
+
 json environment() {
-  json out = {{"cpu", cpu_name()}, {"cores", std::thread::hardware_concurrency()}};
+  json out = {{"cpu", cpu_name()},
+              {"cores", std::thread::hardware_concurrency()},
+              {"device", make_cpu_backend(1)->name()}};
   for (char** e = environ; *e != nullptr; ++e) {
     const std::string text = *e;
     for (const char* prefix : {"OMP_", "OPENBLAS_", "DNNL_", "STAGECOACH_MAX_ISA"})
@@ -79,6 +88,7 @@ class bench_run {
     const bool all = own_.part == "all";
     figure("environment", environment());
     if (all || own_.part == "step") step();
+    if (all || own_.part == "kernels") kernels();
     if (all || own_.part == "overhead") overhead();
     if (all || own_.part == "scale") scale();
     if (all || own_.part == "recovery") recovery();
@@ -88,9 +98,10 @@ class bench_run {
 
  private:
   void figure(const std::string& name, json values) {
+    json line = {{"bench", name}};
+    line.update(values);
+    if (!own_.save.empty()) std::ofstream(own_.save, std::ios::app) << line.dump() << '\n';
     if (flags_.is_json()) {
-      json line = {{"bench", name}};
-      line.update(values);
       std::printf("%s\n", line.dump().c_str());
     } else {
       std::printf("%-28s", name.c_str());
@@ -107,15 +118,16 @@ class bench_run {
   }
 
   // ---- one worker's step, against PyTorch
-  // -------------------------------------------------------------- d6/384, B 4, T 256, padded
-  // vocabulary: the shape of the published peers' figures. One microbatch a step.
-  static job_spec step_spec(const std::string& precision) {
+  // -------------------------------------------------------------- d6/384 B4 T256 and d12/768 B4
+  // T64, padded vocabulary: the shapes of the published peers' figures. One microbatch a step.
+  static job_spec step_spec(const step_shape& shape, const std::string& precision) {
     job_spec spec;
     spec.precision = precision;
     spec.name = "bench-step";
-    spec.model = {"small-384", 6, 384, 6, 1536, 50304, 1024, "random", 1, 0.02};
+    spec.model = {shape.name, shape.layers, shape.channels, shape.heads, 4 * shape.channels,
+                  50304,      1024,         "random",       1,           0.02};
     spec.data.tokenizer = "none";
-    spec.batch = {4, 4, 256, 1};
+    spec.batch = {4, 4, shape.tokens, 1};
     spec.optimizer.weight_decay = 0;
     spec.stop_steps = 1 << 20;
     return spec;
@@ -163,71 +175,126 @@ class bench_run {
     }
   };
 
-  // ms per step of the peer, or NaN. The script prints one JSON line with "ms".
-  double peer_ms(int threads, const std::string& precision) {
-    if (own_.peer.empty()) return std::nan("");
+  struct peer_times {
+    double ms = std::nan(""), best_ms = std::nan("");
+  };
+  // The script prints one JSON line with "ms" (median) and "best_ms"; NaN where it does not run.
+  peer_times run_peer(const step_shape& shape, const std::string& precision, int threads) {
+    if (own_.peer.empty()) return {};
     // The traps of the environment: a BLAS core type meant for old libraries, spinning barriers.
     const std::string command = fmt::format(
         "env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE OMP_WAIT_POLICY=passive OMP_NUM_THREADS={0} "
-        "OPENBLAS_NUM_THREADS={0} {1} {2} --threads {0} --precision {3} 2>/dev/null",
-        threads, own_.peer, own_.peer_script, precision);
+        "OPENBLAS_NUM_THREADS={0} {1} {2} --threads {0} --precision {3} --layers {4} "
+        "--channels {5} --heads {6} --tokens {7} 2>/dev/null",
+        threads, own_.peer, own_.peer_script, precision, shape.layers, shape.channels, shape.heads,
+        shape.tokens);
     FILE* pipe = popen(command.c_str(), "r");
-    if (pipe == nullptr) return std::nan("");
+    if (pipe == nullptr) return {};
     std::string text;
     char buffer[4096];
     while (std::fgets(buffer, sizeof buffer, pipe) != nullptr) text = buffer;
     pclose(pipe);
     const json line = json::parse(text, nullptr, false);
-    if (line.is_discarded() || !line.contains("ms")) return std::nan("");
+    if (line.is_discarded() || !line.contains("ms")) return {};
     peer_version_ = line.value("version", "");
-    return line["ms"].get<double>();
+    return {line["ms"].get<double>(), line.value("best_ms", std::nan(""))};
+  }
+
+  bool wants(const std::string& flag, const std::string& value) const {
+    return flag == "both" || flag == value;
   }
 
   void step() {
-    for (const char* precision : {"fp32", "bf16"})
-      for (int threads : {1, own_.threads})
-        if (!is_interrupted()) step(precision, threads);
+    for (const step_shape& shape : step_shapes)
+      for (const char* precision : {"fp32", "bf16"})
+        for (int threads : {1, own_.threads})
+          if (!is_interrupted() && wants(own_.shape, shape.name) &&
+              wants(own_.precision, precision))
+            step(shape, precision, threads);
   }
 
-  void step(const std::string& precision, int threads) {
-    {
-      std::vector<double> ours, theirs;
-      step_times phases;
-      std::int64_t bytes = 0;
-      for (int round = 0; round < own_.rounds; ++round) {
-        {
-          bare b(step_spec(precision), threads);
-          b.once();
-          std::vector<double> ms;
-          for (int i = 0; i < 5; ++i) ms.push_back(b.once() * 1e3);
-          ours.push_back(median(ms));
-          phases = b.runner->times();
-          bytes = b.model->allocated_bytes() + b.runner->allocated_bytes();
+  void step(const step_shape& shape, const std::string& precision, int threads) {
+    std::vector<double> ours, theirs, ours_all, theirs_best, ratios;
+    step_times phases;
+    std::int64_t bytes = 0;
+    const double load = load_now();
+    const job_spec spec = step_spec(shape, precision);
+    for (int round = 0; round < own_.rounds; ++round) {
+      {
+        bare b(spec, threads);
+        b.once();
+        std::vector<double> ms;
+        for (int i = 0; i < 5; ++i) {
+          ms.push_back(b.once() * 1e3);
+          if (ours_all.empty() || ms.back() <= *std::min_element(ours_all.begin(), ours_all.end()))
+            phases = b.runner->times();
+          ours_all.push_back(ms.back());
         }
-        const double peer = peer_ms(threads, precision);
-        if (!std::isnan(peer)) theirs.push_back(peer);
+        ours.push_back(median(ms));
+        bytes = b.model->allocated_bytes() + b.runner->allocated_bytes();
       }
-      const double tokens = 4 * 256;
-      json out = {{"threads", threads},
-                  {"shape", "d6/384 B4 T256 V50304 " + precision},
-                  {"ms", median(ours)},
-                  {"tokens_per_s", tokens / median(ours) * 1e3},
-                  {"best_ms", *std::min_element(ours.begin(), ours.end())},
-                  {"forward_ms", static_cast<double>(phases.forward_us) / 1e3},
-                  {"input_gradient_ms", static_cast<double>(phases.backward_input_us) / 1e3},
-                  {"weight_gradient_ms", static_cast<double>(phases.backward_weight_us) / 1e3},
-                  {"vote_ms", static_cast<double>(phases.vote_us) / 1e3},
-                  {"apply_ms", static_cast<double>(phases.apply_us) / 1e3},
-                  {"memory_mb", static_cast<double>(bytes) / 1e6}};
-      if (!theirs.empty()) {
-        out["peer"] = "PyTorch " + peer_version_;
-        out["peer_ms"] = median(theirs);
-        std::vector<double> ratios;
-        for (std::size_t i = 0; i < theirs.size(); ++i) ratios.push_back(theirs[i] / ours[i]);
-        out["times_as_fast_as_peer"] = median(ratios);
-      }
-      figure("step", std::move(out));
+      const peer_times peer = run_peer(shape, precision, threads);
+      if (std::isnan(peer.ms)) continue;
+      theirs.push_back(peer.ms);
+      theirs_best.push_back(peer.best_ms);
+      ratios.push_back(peer.ms / ours.back());
     }
+    const double tokens = static_cast<double>(4 * shape.tokens);
+    const double best = *std::min_element(ours_all.begin(), ours_all.end());
+    const double worst = *std::max_element(ours_all.begin(), ours_all.end());
+    // Per token: 6 for each parameter that a token meets in a product, and causal attention.
+    const double c = static_cast<double>(shape.channels), layers = shape.layers;
+    const double flops =
+        6 * (12 * layers * c * c + 50304 * c) + 6 * layers * c * static_cast<double>(shape.tokens);
+    json out = {{"threads", threads},
+                {"shape", fmt::format("{} B4 T{} V50304", shape.name, shape.tokens)},
+                {"precision", precision},
+                {"repetitions", ours_all.size()},
+                {"ms", median(ours)},
+                {"best_ms", best},
+                {"spread_percent", (worst - best) / median(ours) * 100},
+                {"tokens_per_s", tokens / median(ours) * 1e3},
+                {"best_tokens_per_s", tokens / best * 1e3},
+                {"best_gflop_per_s", flops * tokens / best / 1e6},
+                {"flop_convention", "6N+6LCT, causal half"},
+                {"load_before", load},
+                {"forward_ms", static_cast<double>(phases.forward_us) / 1e3},
+                {"input_gradient_ms", static_cast<double>(phases.backward_input_us) / 1e3},
+                {"weight_gradient_ms", static_cast<double>(phases.backward_weight_us) / 1e3},
+                {"vote_ms", static_cast<double>(phases.vote_us) / 1e3},
+                {"apply_ms", static_cast<double>(phases.apply_us) / 1e3},
+                {"memory_mb", static_cast<double>(bytes) / 1e6}};
+    if (!theirs.empty()) {
+      out["peer"] = "PyTorch " + peer_version_;
+      out["peer_ms"] = median(theirs);
+      out["peer_best_ms"] = *std::min_element(theirs_best.begin(), theirs_best.end());
+      out["times_as_fast_as_peer"] = median(ratios);
+      out["times_as_fast_as_peer_best"] = out["peer_best_ms"].get<double>() / best;
+    }
+    figure("step", std::move(out));
+  }
+
+  // ---- what a step consists of
+  // --------------------------------------------------------------------------
+  void kernels() {
+    for (const step_shape& shape : step_shapes)
+      for (const char* precision : {"fp32", "bf16"})
+        for (int threads : {1, own_.threads}) {
+          if (is_interrupted() || !wants(own_.shape, shape.name) ||
+              !wants(own_.precision, precision))
+            continue;
+          json out = {{"threads", threads},
+                      {"shape", fmt::format("{} B4 T{} V50304", shape.name, shape.tokens)},
+                      {"precision", precision},
+                      {"repetitions", own_.rounds},
+                      {"load_before", load_now()}};
+          for (const kernel_time& k :
+               time_kernels(shape, precision_of(precision), threads, own_.rounds)) {
+            out[k.name + "_ms"] = k.best_ms;
+            if (k.flops > 0) out[k.name + "_gflop_per_s"] = k.flops / k.best_ms / 1e6;
+          }
+          figure("kernels", std::move(out));
+        }
   }
 
   // ---- whole clusters
@@ -433,21 +500,28 @@ void add_bench(command_line c) {
   auto own = std::make_shared<bench_flags>();
   CLI::App* app =
       c.app.add_subcommand("bench",
-                           "speed: step, overhead, scale, recovery, checkpoint; elastic: what "
-                           "failures and changes cost");
+                           "speed: step, kernels, overhead, scale, recovery, checkpoint; elastic: "
+                           "what failures and changes cost");
   app->footer(
       "examples:\n"
       "  stagecoach bench\n"
       "  stagecoach bench step --peer /usr/bin/python3 --peer-script tools/bench_peer_torch.py -o "
       "jsonl\n"
+      "  stagecoach bench kernels --shape d6/384 --precision bf16\n"
       "  stagecoach bench recovery --kills 50\n"
       "  stagecoach bench elastic --peer VENV      beside torchrun, from a Python venv with "
       "PyTorch\n"
       "  stagecoach bench elastic --only kill,join --events 5");
   app->add_option("PART", own->part,
-                  "all, step, overhead, scale, recovery, checkpoint; or elastic (not in all)")
-      ->check(
-          CLI::IsMember({"all", "step", "overhead", "scale", "recovery", "checkpoint", "elastic"}));
+                  "all, step, kernels, overhead, scale, recovery, checkpoint; or elastic (not in "
+                  "all)")
+      ->check(CLI::IsMember(
+          {"all", "step", "kernels", "overhead", "scale", "recovery", "checkpoint", "elastic"}));
+  app->add_option("--precision", own->precision, "step, kernels: fp32, bf16 or both")
+      ->check(CLI::IsMember({"both", "fp32", "bf16"}));
+  app->add_option("--shape", own->shape, "step, kernels: d6/384, d12/768 or both")
+      ->check(CLI::IsMember({"both", "d6/384", "d12/768"}));
+  app->add_option("--save", own->save, "a file that each figure is appended to, a JSON line each");
   app->add_option("--events", own->elastic.events, "elastic: events of each kind")
       ->check(CLI::Range(1, 10000));
   app->add_option("--only", own->elastic.only, "elastic: these figures alone, by comma");

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/backend.hpp"
 #include "tools/command.hpp"
 
 namespace stagecoach {
@@ -28,6 +29,23 @@ inline double quantile(const std::vector<double>& values, double q) {
   if (v.empty()) return std::nan("");
   return v[std::min(v.size() - 1, static_cast<std::size_t>(q * static_cast<double>(v.size())))];
 }
+
+/// A training step that is timed: B 4, vocabulary 50,304.
+struct step_shape {
+  const char* name;
+  int layers, channels, heads, tokens;
+};
+inline constexpr step_shape step_shapes[] = {{"d6/384", 6, 384, 6, 256},
+                                             {"d12/768", 12, 768, 12, 64}};
+
+/// All calls of one kind in a step of this shape: best of `repetitions`; flops 0 where it is no
+/// product.
+struct kernel_time {
+  std::string name;
+  double best_ms = 0, flops = 0;
+};
+std::vector<kernel_time> time_kernels(const step_shape& shape, precision p, int threads,
+                                      int repetitions);
 
 struct elastic_flags {
   int events = 20;   // of each fault
