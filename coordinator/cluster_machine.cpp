@@ -18,6 +18,8 @@ constexpr std::int64_t beat_period_ms = 1'000;
 // A tick that comes later than this says that this process slept, not that everybody else was
 // silent.
 constexpr std::int64_t tick_gap_ms_max = 500;
+// A worker whose channel is silent for this long may have given it up and follow a deputy since.
+constexpr std::int64_t unheard_ms_max = 2'000;
 constexpr std::int64_t forget_after_ms = 3'600'000;  // shown as LOST until then
 constexpr std::int64_t avoid_ms = 10'000;            // a worker that a job gave up
 constexpr std::int64_t stop_again_ms = 3'000;
@@ -297,6 +299,24 @@ void cluster_machine::on(const events::tick& e) {
     if (is_away && !is_expected && now_ms_ - w.detached_ms >= forget_after_ms) old.push_back(id);
   }
   for (const worker_id id : old) forget(id, "away for an hour");
+}
+
+/// What it believed when it fell asleep may be over. A successor may have its store: it writes
+/// there before it says anything. And deputies may have decided: whatever a worker was when it was
+/// last heard is worth nothing until it greets anew.
+void cluster_machine::on(const events::woke& e) {
+  out_.push_back(actions::save{{meta_row()}, true});
+  if (e.slept_ms < unheard_ms_max) return;
+  const std::string why = fmt::format("the coordinator slept for {} ms", e.slept_ms);
+  note("coordinator_slept", why, {}, "warn");
+  std::vector<connection_id> open;
+  for (const auto& [id, w] : workers_) {
+    if (w.connection != connection_id{}) open.push_back(w.connection);
+  }
+  for (const connection_id connection : open) {
+    out_.push_back(actions::close{connection, why});
+    on(events::worker_detached{connection, why});
+  }
 }
 
 // ---- requests ----

@@ -45,6 +45,10 @@ struct tick {
   std::int64_t now_ms = 0;
   std::int64_t unix_ms = 0;
 };  // monotonic; wall clock
+/// This process stood still for so long: before whatever else it then hears, and before the tick.
+struct woke {
+  std::int64_t slept_ms = 0;
+};
 struct submit_job {
   job_spec spec;
   std::string spec_text;
@@ -98,11 +102,12 @@ struct fairness {
   balance_rules leaves;
 };
 
-using event = std::variant<events::worker_attached, events::worker_detached, events::worker_said,
-                           events::tick, events::submit_job, events::cancel_job, events::pause_job,
-                           events::resume_job, events::save_now, events::drain_worker,
-                           events::undrain_worker, events::set_priority, events::audit_gathered,
-                           checkpoint_found, manifest_written, checkpoints_retired>;
+using event =
+    std::variant<events::worker_attached, events::worker_detached, events::worker_said,
+                 events::tick, events::woke, events::submit_job, events::cancel_job,
+                 events::pause_job, events::resume_job, events::save_now, events::drain_worker,
+                 events::undrain_worker, events::set_priority, events::audit_gathered,
+                 checkpoint_found, manifest_written, checkpoints_retired>;
 
 // ---- views ----
 struct worker_view {
@@ -123,6 +128,9 @@ struct worker_view {
 
 class cluster_machine {
  public:
+  /// From so long a sleep on the shell says woke.
+  static constexpr std::int64_t sleep_ms_min = 500;
+
   /// incarnation becomes restored + 1; start() gives the actions that make it durable, to be
   /// carried out before anything else.
   /// checkpoint_root: a job without checkpoint.store gets checkpoint_root/<job id>.
@@ -169,6 +177,7 @@ class cluster_machine {
   void on(const events::worker_detached& e);
   void on(const events::worker_said& e);
   void on(const events::tick& e);
+  void on(const events::woke& e);
   void on(const events::submit_job& e);
   void on(const events::cancel_job& e);
   void on(const events::pause_job& e);

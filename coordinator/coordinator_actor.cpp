@@ -265,6 +265,8 @@ class shell {
   /// Time stands still while a write is waited for: what is to be sent after it (a prepare) has
   /// not been sent, so nobody is late with an answer. A tick after a gap counts a second at most.
   void tick() {
+    const std::int64_t slept_ms = steady_ms() - std::exchange(awake_ms_, steady_ms());
+    if (slept_ms >= cluster_machine::sleep_ms_min) enqueue(machine_.step(events::woke{slept_ms}));
     if (waiting_for_ != 0) return;
     ticked_ms_ = steady_ms();
     enqueue(machine_.step(events::tick{ticked_ms_, unix_ms_now()}));
@@ -430,6 +432,7 @@ class shell {
   std::deque<action> queue_;
   store_writer::ticket waiting_for_ = 0;  // 0: nothing
   std::int64_t ticked_ms_ = 0;
+  std::int64_t awake_ms_ = steady_ms();  // last known to run, whatever it waits for
   std::shared_ptr<std::promise<void>> begun_;
   std::uint64_t next_reply_ = 1;
   std::map<reply_id, std::function<void(const result<actions::reply_value>&)>> waiting_replies_;

@@ -13,9 +13,35 @@ namespace stagecoach {
 
 bool job_machine::is_claimed_by(const hello& h) const {
   if (h.job != value(id()) || h.generation == 0) return false;
-  if (is_end(record_.state) || record_.state == job_state::paused) return false;
+  if (is_end(record_.state)) return false;
+  if (record_.state == job_state::paused) return is_running_on(h);
   if (h.generation != number_of_plan()) return h.generation > number_of_plan();
   return h.plan_hash != plan_hash_;
+}
+
+/// It was paused in the belief that all hold; but this coordinator slept, and a deputy had let them
+/// go on, beyond what is durable.
+bool job_machine::is_running_on(const hello& h) const {
+  const bool is_at_it = h.phase == static_cast<int>(worker_phase::running) ||
+                        h.phase == static_cast<int>(worker_phase::held);
+  return is_at_it && h.job == value(id()) && generation_ && h.generation >= number_of_plan() &&
+         h.step > newest_saved().value_or(0);
+}
+
+/// They are taken over as after a restart, and paused again with what they have done.
+void job_machine::take_back(const hello& h) {
+  record_.state = job_state::running;
+  record_.reason.clear();
+  record_.is_pause_wanted = true;
+  record_.waits_since_unix_ms = 0;
+  save_record();
+  for (const plan_member& m : generation_->shape.members) sought_.insert(m.worker);
+  waits_for_ = "a deputy had let the job go on; waits for its workers, to pause it again";
+  note("pause_overtaken",
+       fmt::format("{} runs on at step {}, durable is step {}", h.name, h.step,
+                   newest_saved().value_or(0)),
+       {{"worker", h.name}}, "warn");
+  enter(phase::adopting);
 }
 
 job_machine::member& job_machine::join(worker_id worker, const hello& h) {

@@ -24,6 +24,7 @@ job_machine::job_machine(restored_job restored, detection rules, balance_rules l
       generation_(std::move(restored.generation)),
       checkpoints_(std::move(restored.checkpoints)),
       next_event_(restored.next_event),
+      is_deputys_(restored.is_deputys),
       watch_(leaves) {
   number_ = std::max(record_.number, record_.generation);
   reported_step_ = record_.step;
@@ -90,6 +91,7 @@ void job_machine::on(const job_events::workers_given& e) {
 void job_machine::on(const job_events::worker_connected& e) {
   const hello& h = e.greeting;
   if (h.job == value(id())) learn(h.distrusted);
+  if (record_.state == job_state::paused && is_running_on(h)) take_back(h);
   if (members_.count(e.worker) == 0) {
     if (!expects(e.worker)) {
       if (is_claimed_by(h)) on_claim(e.worker, h);
@@ -171,6 +173,8 @@ void job_machine::on(const job_events::worker_disconnected& e) {
   found->second.is_connected = false;
   found->second.disconnected_ms = now_ms_;
   found->second.disconnected_why = e.why;
+  found->second.is_held =
+      false;  // a deputy may let it go; if not, it says so again when it is back
   advance();
 }
 

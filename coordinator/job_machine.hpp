@@ -554,6 +554,8 @@ class job_machine {
   void consider_adoption();
 
   // What a deputy decided while this coordinator was away (job_adoption.cpp).
+  bool is_running_on(const hello& h) const;
+  void take_back(const hello& h);
   void on_claim(worker_id worker, const hello& h);
   void report_overdue(worker_id worker);
   void take_report(worker_id from, const hello& h, const plan_report& x);
@@ -637,6 +639,8 @@ class job_machine {
   std::map<std::uint64_t, checkpoint_record> checkpoints_;
   std::uint64_t next_event_ = 1;
   std::uint64_t next_seq_ = 1;
+  bool has_numbered_ = false;  // a manifest, since this machine began
+  bool is_deputys_ = false;
   std::uint64_t next_order_ = 1;
   std::uint64_t next_request_ = 1;
 

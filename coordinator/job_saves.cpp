@@ -286,17 +286,22 @@ void job_machine::write_manifest(std::uint64_t step) {
   });
   const part_saved& first = save.whole.front();
   // A deputy put them into a manifest already: it is that one, and not another of the same step.
-  const bool is_written = !save.is_tried && first.seq != 0 &&
+  // But not where an older step has got a number of this start of the coordinator: that would be
+  // the newest, whatever number the deputy gave.
+  const bool is_written = !save.is_tried && first.seq != 0 && !has_numbered_ &&
                           std::all_of(save.whole.begin(), save.whole.end(),
                                       [&first](const auto& p) { return p.seq == first.seq; });
   save.is_tried = true;
   // At least so large, so that the order of the numbers is the order of the steps also where a
-  // deputy and a coordinator that was only frozen write without knowing of each other.
-  next_seq_ = std::max(next_seq_, step * seqs_per_step + 1);
+  // deputy and a coordinator that was only frozen write without knowing of each other. And not the
+  // same: the second one would be taken for the first.
+  const std::uint64_t least = step * seqs_per_step + (is_deputys_ ? seqs_per_step / 2 : 1);
+  next_seq_ = std::max(next_seq_, least);
   actions::write_manifest m;
   m.job = id();
   m.step = step;
   m.seq = is_written ? first.seq : next_seq_++;
+  has_numbered_ = has_numbered_ || !is_written;
   m.chain = first.chain;
   m.generation = first.generation;
   m.loss = first.loss;

@@ -131,6 +131,7 @@ struct restored_job {
   std::map<std::uint64_t, checkpoint_record> checkpoints;  // by step
   std::uint64_t next_event = 1;
   std::map<std::uint64_t, generation_record> generations{};  // by number, the newest of all
+  bool is_deputys = false;  // in the hands of a deputy: its manifests get other numbers
 };
 
 struct restored_records {

@@ -210,6 +210,50 @@ TEST_CASE("what the coordinator slept through is not the workers' silence") {
   CHECK(b.state(job) != "RUNNING");
 }
 
+TEST_CASE("a coordinator that slept writes first, then lets everybody greet anew") {
+  bench b;
+  const job_id job = b.submit(small_spec(1, 1));
+  b.attach(1, "a");
+  SUBCASE("for a moment: nobody has given it up yet") {
+    const auto out = b.step(events::woke{1'000});
+    CHECK(all_of<actions::save>(out).size() == 1);
+    CHECK(all_of<actions::close>(out).empty());
+  }
+  SUBCASE("for longer than a worker waits") {
+    const auto out = b.step(events::woke{9'000});
+    CHECK(place_of<actions::save>(out) == 0);
+    const auto closed = all_of<actions::close>(out);
+    REQUIRE(closed.size() == 1);
+    CHECK(closed[0].connection == at(1));
+    CHECK(b.machine.job(job)->members[0].state == "disconnected");
+  }
+}
+
+TEST_CASE(
+    "one that was given up and says something is not given to another job while it is sought") {
+  // Found by: stagecoach_sim --seed 28468: its part came before its beat, and it dropped its state.
+  bench b;
+  b.attach(1, "a");
+  const job_id job = b.submit(small_spec(1, 1));
+  prepared answer;
+  answer.job = value(job);
+  answer.number = 1;
+  b.step(events::worker_said{at(1), answer});
+  const std::uint64_t hash = plan_hash(b.machine.jobs().at(job).generation()->shape);
+  b.step(events::worker_said{at(1), ready{value(job), 1, hash, 0, ""}});
+  for (int i = 0; i < 101; ++i) b.tick(100);
+  REQUIRE(b.state(job) == "RECOVERING");
+  job_spec other = small_spec(1, 1);
+  other.name = "other";
+  const job_id second = b.submit(other);
+  part_saved part;
+  part.job = value(job);
+  part.problem = "disk full";
+  for (const auto& [to, x] : sent<prepare>(b.step(events::worker_said{at(1), part})))
+    CHECK(x.job != value(second));
+  CHECK(b.state(second) == "PENDING");
+}
+
 TEST_CASE("a message of a connection that never greeted is dropped and counted") {
   bench b;
   CHECK(b.step(events::worker_said{at(5), beat{}}).empty());

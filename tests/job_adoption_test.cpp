@@ -192,3 +192,34 @@ TEST_CASE("a manifest of a generation that nobody lives to tell of uses up its n
   REQUIRE(asked.size() == 3);
   CHECK(asked[0].second.number == 10);
 }
+
+TEST_CASE("a job that was paused in its sleep is taken back from the deputy, and paused again") {
+  // Found by: stagecoach_sim --seed 16962: seven steps were given up that its members held.
+  restored_job r = bench::known();
+  r.record.state = job_state::paused;
+  job_machine machine(r);
+  (void)machine.step(job_events::tick{100, 100});
+  bench b;
+  const plan ours = plan_of(3, {1, 2, 3});
+  CHECK(machine.is_claimed_by(b.greeting(1, ours)));
+  const auto out = machine.step(job_events::worker_connected{w(1), b.greeting(1, ours)});
+  CHECK(has_note(out, "pause_overtaken"));
+  CHECK(machine.record().is_pause_wanted);
+  CHECK(machine.has_worker(w(1)));
+  (void)machine.step(job_events::worker_connected{w(2), b.greeting(2, ours)});
+  const auto whole = machine.step(job_events::worker_connected{w(3), b.greeting(3, ours)});
+  CHECK(has_note(whole, "generation_adopted"));
+  CHECK(sent<give_order>(whole).size() == 1);
+}
+
+TEST_CASE("who only comes back to a paused job does not wake it") {
+  restored_job r = bench::known();
+  r.record.state = job_state::paused;
+  job_machine machine(r);
+  bench b;
+  hello h = b.greeting(1, plan_of(3, {1, 2, 3}));
+  h.phase = static_cast<int>(worker_phase::prepared);
+  CHECK_FALSE(machine.is_claimed_by(h));
+  (void)machine.step(job_events::worker_connected{w(1), h});
+  CHECK(machine.state() == job_state::paused);
+}

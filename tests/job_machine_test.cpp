@@ -309,6 +309,42 @@ TEST_CASE("pause: save and hold ride together, the job pauses when the checkpoin
   CHECK(b.machine.wish(2).least == 2);
 }
 
+TEST_CASE("who holds and loses its channel holds only if it says so again") {
+  // Found by: stagecoach_sim --seed 5535: a deputy had let it go while the coordinator slept.
+  bench b(two_stages());
+  b.start();
+  b.progress_to(7);
+  b.step(job_events::pause{});
+  b.say(1, held{1, 1, 8});
+  b.say(2, held{1, 1, 8});
+  b.disconnect(2);
+  b.save_step(8, 1008);
+  CHECK(b.machine.state() == job_state::checkpointing);
+  hello back;
+  back.process = "p2";
+  back.job = 1;
+  back.generation = back.promised = 1;
+  back.plan_hash = b.hash();
+  back.step = 8;
+  back.phase = static_cast<int>(worker_phase::held);
+  b.step(job_events::worker_connected{w(2), back});
+  b.say(2, held{1, 1, 8});
+  CHECK(b.machine.state() == job_state::paused);
+}
+
+TEST_CASE("a manifest of the coordinator never has the number of a deputy's") {
+  // Found by: stagecoach_sim --seed 23918: the second was taken for the first, of an older start.
+  const auto number = [](bool is_deputys) {
+    restored_job r = bench::fresh(two_stages());
+    r.is_deputys = is_deputys;
+    bench b(r);
+    b.tick(0);
+    b.start();
+    return all_of<actions::write_manifest>(b.save_parts(5, 1005)).at(0).seq;
+  };
+  CHECK(number(false) != number(true));
+}
+
 TEST_CASE("a hold that nobody remembers after a restart is let go") {
   bench b(two_stages());
   b.start();

@@ -253,6 +253,7 @@ void deputy_machine::stand(const std::string& why) {
     c.chain = durable.chain;
     r.checkpoints[c.step] = c;
   }
+  r.is_deputys = true;
   machine_.emplace(std::move(r), deputy_detection(), never_of_itself());
   phase_ = phase::standing;
   stops_.clear();

@@ -256,7 +256,8 @@ class cluster {
   std::map<std::pair<std::uint64_t, std::uint64_t>, std::set<int>> ready_;  // (job, hash): ranks
   std::set<std::uint64_t> shared_;  // jobs for which a deputy decided
   std::map<std::uint64_t, std::uint64_t> completed_;
-  std::map<std::uint64_t, plan> newest_plans_;             // by job, as sent
+  std::map<std::uint64_t, plan> newest_plans_;  // by job, as sent
+  std::map<std::uint64_t, plan> stored_plans_;
   std::set<std::pair<std::uint64_t, std::uint64_t>> ran_;  // (job, number)
   std::map<std::tuple<std::uint64_t, std::uint64_t, process_id>, prepared>
       answers_;  // (job, number, process)

@@ -72,8 +72,12 @@ void cluster::freeze_coordinator() {
       }
     });
   }
-  in(for_us, [this, c] {
+  in(for_us, [this, c, for_us] {
     say("coordinator {} thaws", c->incarnation);
+    // Its shell looks at the clock before it hears what came meanwhile.
+    c->deferred.insert(c->deferred.begin(), [this, c, for_us] {
+      if (for_us / ms >= cluster_machine::sleep_ms_min) tell(c, events::woke{for_us / ms});
+    });
     thaw(c);
     // It finds out by its first synced write that the store is another's, or a person ends it.
     in(delay(second, 10 * second), [this, c] {
@@ -210,6 +214,8 @@ manifest_written cluster::put_manifest(const actions::write_manifest& m,
     for (const part_record& p : parts) names.insert(p.file);
     return names;
   };
+  say("manifest of step {} of job {}, number {}, incarnation {}", m.step, value(m.job), m.seq,
+      incarnation);
   written_[value(m.job)].insert(m.step);
   auto& have = manifests_[value(m.job)];
   const auto there = have.find(m.step);

@@ -37,6 +37,11 @@ void cluster::check_row(const std::string& key, const std::string& text) {
       violate("checkpoint {} of job {} is indexed before its manifest is durable", record->step,
               job);
     durable_[job].insert(record->step);
+  } else if (key.starts_with("job/")) {
+    const auto record = from_json_text<generation_record>(text);
+    if (!record) return violate("row {} does not read: {}", key, record.err().message);
+    stored_plans_[value(record->shape.job)] = record->shape;
+    say("generation {} of job {} is stored", record->shape.generation, value(record->shape.job));
   }
 }
 
@@ -74,6 +79,7 @@ void cluster::check_record(const job_record& record) {
   const std::uint64_t job = value(record.id);
   specs_.emplace(job, record.spec);
   const job_state before = std::exchange(states_[job], record.state);
+  if (before != record.state) say("job {} is stored as {}", job, to_string(record.state));
   if (record.state != job_state::running) {
     std::erase_if(seat_, [job](const auto& seat) { return seat.second == job; });
     if (coordinator_) coordinator_->reported.erase(job);
@@ -92,7 +98,14 @@ void cluster::check_record(const job_record& record) {
     const auto step = newest_held(job, held);
     const auto& durable = durable_[job];
     const std::uint64_t saved = durable.empty() ? 0 : *durable.rbegin();
-    if (held.size() == newest.members.size() && step && *step > saved && !is_shared(job))
+    // Decided before the coordinator slept, and a deputy has let them go on since: taken back when
+    // they greet.
+    const bool has_deputy = std::any_of(processes_.begin(), processes_.end(), [job](const auto& p) {
+      return p.second->is_alive && p.second->machine->is_deputy() &&
+             p.second->machine->job() == job;
+    });
+    if (held.size() == newest.members.size() && step && *step > saved && !is_shared(job) &&
+        !has_deputy)
       violate("job {} is paused at step {}, durable is step {}", job, *step, saved);
   }
   if (record.state != job_state::running) committed_.erase(job);
@@ -255,7 +268,8 @@ void cluster::check_commit(const coordinator_ptr& by, const commit& c) {
 
   if (!is_shared(job)) check_nothing_lost(c);
   check_size(c);
-  shared_.erase(job);  // its members are the coordinator's again
+  applied_[job] = c.step;  // that it is not less than it must be was judged above
+  shared_.erase(job);      // its members are the coordinator's again
   newest_plans_[job] = c.shape;
   a.is_committed = true;
   std::erase_if(seat_, [job](const auto& seat) { return seat.second == job; });
@@ -328,12 +342,12 @@ void cluster::check_drop(const process_ptr& p, const char* why) {
   const auto& members = committed_[job].members;
   const bool is_member = std::find(members.begin(), members.end(), p->id) != members.end();
   if (!is_member || was_hung(p)) return;  // the commit that left it out was judged already
-  // A newer plan was decided without it and nobody lives who could be sent it: it was silent for as
-  // long as a silent one is waited for.
-  const auto row = rows_.find(keys::job(static_cast<job_id>(job)));
-  const auto record = row == rows_.end() ? result<job_record>(job_record{})
-                                         : from_json_text<job_record>(row->second);
-  if (record && record->generation > committed_[job].number) return;
+  // Also one that was stored, and its coordinator died before it told anybody.
+  const plan& stored = stored_plans_[job];
+  const bool is_left_out = stored.generation > committed_[job].number &&
+                           std::none_of(stored.members.begin(), stored.members.end(),
+                                        [&p](const plan_member& m) { return m.process == p->id; });
+  if (is_left_out) return;
   const auto with = newest_kept(job, nullptr), without = newest_kept(job, p);
   if (with && *with > without.value_or(0)) {
     violate("{} drops the last copy of step {} of job {} ({}); what is left is step {}", p->name,
