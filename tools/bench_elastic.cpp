@@ -505,13 +505,17 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
         return s.is_running() && s.generation > before->generation;
       });
       const auto steps = run.commits(before->step - 3, back);
-      // A step that all had voted for may still come in; the long gap after it is the loss.
+      // A step that all had voted for may still come in; the longest gap after it is the loss.
+      double longest = 0, ended = 0;
       for (std::size_t k = 1; k < steps.size(); ++k) {
-        if (steps[k].unix_ms <= struck || steps[k].unix_ms - steps[k - 1].unix_ms < 100) continue;
-        seconds.push_back((steps[k].unix_ms - struck) / 1e3);
-        if (steps[k].unix_ms < back) ++without;
-        break;
+        const double gap = steps[k].unix_ms - steps[k - 1].unix_ms;
+        if (steps[k].unix_ms <= struck || steps[k - 1].unix_ms >= back || gap <= longest) continue;
+        longest = gap;
+        ended = steps[k].unix_ms;
       }
+      if (ended == 0) continue;
+      seconds.push_back((ended - struck) / 1e3);
+      without += ended < back;
     }
     if (run.is_up()) run.end();
     figure f{"worker killed while the coordinator is dead: to the next commit",
@@ -788,7 +792,7 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
                 if (e.value("kind", "") == "silent_corruption") found = e;
             return !found.is_null() || is_interrupted();
           },
-          60s, 10ms);
+          180s, 10ms);  // the patrol yields to all else on its host
       cluster.stop();
       if (found.is_null()) continue;
       named += found["fields"].value("workers", "") == bad;
@@ -805,8 +809,8 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
              {},
              ""};
     f.is_met = events > 0 && named == events;
-    f.note = fmt::format("{} of {} found and the worker named; first wrong step {:.0f} after it",
-                         named, events, median(steps_until));
+    f.note = fmt::format("{} of {} found, {} worker(s) named; first wrong step {:.0f} after it",
+                         steps_until.size(), events, named, median(steps_until));
     print(f);
   }
 
