@@ -507,7 +507,8 @@ void job_machine::consider_adoption() {
     const std::string why = fmt::format("{} workers did not return to the coordinator", missing);
     note("worker_lost", why, {}, "warn");
     missed_.insert(sought_.begin(), sought_.end());
-    sought_.clear();
+    // That links to them closed is no proof of death: who may hold a newer step is waited for.
+    if (members_.empty() || waited >= rules_.minority_wait) sought_.clear();
     if (members_.empty()) {
       return leave_workers(job_state::pending, why + "; starts again from its newest checkpoint");
     }

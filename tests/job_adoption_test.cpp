@@ -223,3 +223,29 @@ TEST_CASE("who only comes back to a paused job does not wake it") {
   (void)machine.step(job_events::worker_connected{w(1), h});
   CHECK(machine.state() == job_state::paused);
 }
+
+TEST_CASE("links that closed are no proof of death: who may hold a newer step is waited for") {
+  // Found by: stagecoach_sim --seed 1915: three steps were given up that two living members held.
+  bench b;
+  const plan ours = plan_of(3, {1, 2, 3});
+  b.connect(1, ours);
+  for (const std::uint64_t peer : {2, 3})
+    b.step(job_events::worker_said{w(1), peer_report{1, 3, peer, "lost", "reset"}});
+  std::vector<action> asked;
+  while (asked.empty() && b.now < 5'000) {
+    b.step(job_events::worker_said{w(1), beat{1, 3, 30, static_cast<int>(worker_phase::running)}});
+    if (!sent<prepare>(b.tick()).empty()) asked = b.last;
+  }
+  REQUIRE(sent<prepare>(asked).size() == 1);
+  prepared p;
+  p.job = 1;
+  p.number = sent<prepare>(asked)[0].second.number;
+  p.has_state = true;
+  p.step = 28;
+  p.chain = 1028;
+  p.tensors = stage_tensor_names(small_spec().model, 0, 4);
+  CHECK(sent<commit>(b.step(job_events::worker_said{w(1), p})).empty());
+  b.step(job_events::worker_gone{w(2), "its process is gone"});
+  CHECK(sent<commit>(b.last).empty());
+  CHECK(sent<commit>(b.step(job_events::worker_gone{w(3), "its process is gone"})).size() == 1);
+}
