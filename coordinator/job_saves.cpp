@@ -235,7 +235,9 @@ void job_machine::saved(const part_saved& x, worker_id from) {
     save.whole = whole_save(save.parts);
     if (!save.whole.empty()) write_manifest(x.step);
   }
-  for (auto old = saves_.begin(); saves_.size() > open_saves_max && old != saves_.end();) {
+  // The newest stays, though all before it are whole and wait for a slow disk: it may be the last.
+  const auto newest_save = std::prev(saves_.end());
+  for (auto old = saves_.begin(); saves_.size() > open_saves_max && old != newest_save;) {
     old = old->second.whole.empty() ? saves_.erase(old) : std::next(old);
   }
 }

@@ -215,6 +215,13 @@ TEST_CASE("a checkpoint exists when all parts are in a manifest that is durable"
   }
 }
 
+TEST_CASE("a newer save becomes whole though many before it wait for a slow disk") {
+  bench b(two_stages());
+  b.start();
+  for (std::uint64_t step = 1; step <= 20; ++step)
+    CHECK(all_of<actions::write_manifest>(b.save_parts(step, 1000 + step)).size() == 1);
+}
+
 TEST_CASE("a part of an older generation counts for its step") {
   bench b(two_stages());
   b.start();
