@@ -124,19 +124,22 @@ json job_row(const job_facts& f) {
 json plan_json(const job_facts& f) {
   const auto& v = f.view;
   if (v.stages == 0) return nullptr;
-  json members = json::array();
+  json members = json::array(), joining = json::array();
   const auto& spec = f.machine.record().spec;
   for (const auto& m : v.members) {
+    if (m.stage < 0) {
+      joining.push_back(m.name);
+      continue;
+    }
     json member = wire::to_json_value(m);
     member["rank"] = m.replica * v.stages + m.stage;
-    const bool is_placed = m.stage >= 0 && m.stage + 1 < static_cast<int>(v.unit_cuts.size());
-    member["units"] =
-        is_placed ? describe_units(spec.model, v.unit_cuts[m.stage], v.unit_cuts[m.stage + 1])
-                  : std::string();
+    member["units"] = describe_units(spec.model, v.unit_cuts[m.stage], v.unit_cuts[m.stage + 1]);
     members.push_back(std::move(member));
   }
-  return {{"stages", v.stages},       {"replicas", v.replicas},   {"schedule", v.schedule},
-          {"unit_cuts", v.unit_cuts}, {"leaf_cuts", v.leaf_cuts}, {"members", std::move(members)}};
+  return {{"stages", v.stages},           {"replicas", v.replicas},
+          {"schedule", v.schedule},       {"unit_cuts", v.unit_cuts},
+          {"leaf_cuts", v.leaf_cuts},     {"members", std::move(members)},
+          {"joining", std::move(joining)}};
 }
 
 json checkpoint_json(const checkpoint_record& c) {

@@ -318,8 +318,8 @@ struct worker_wish {
 struct member_view {
   worker_id worker{};
   std::string name, host;
-  int stage = 0, replica = 0;
-  std::string state;  // "running", "loading", "disconnected", "draining", ...
+  int stage = -1, replica = -1;  // -1: a joiner, without a place yet
+  std::string state;             // "running", "loading", "disconnected", "draining", ...
   std::uint64_t step = 0;
 };
 

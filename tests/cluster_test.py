@@ -156,8 +156,7 @@ def group_feeds():
 
     def grown(cluster, job, workers):
         return cluster.wait(job, lambda v: v["state"] == "COMPLETED" or (
-            v["state"] == "RUNNING" and (len(v["plan"]["unit_cuts"]) - 1) * (len(v["plan"]["leaf_cuts"]) - 1) == workers),
-            30, f"a plan of {workers}")  # joiners are among the members before they have a place
+            v["state"] == "RUNNING" and len(v["plan"]["members"]) == workers), 30, f"a plan of {workers}")
 
     def grow(cluster, job):
         for workers in (2, 3):

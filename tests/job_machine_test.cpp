@@ -125,6 +125,21 @@ TEST_CASE("with two replicas a loss goes on live from the newest step, without a
   CHECK(all_of<actions::find_checkpoint>(decided).empty());
 }
 
+TEST_CASE("a joiner is shown without a place until a plan gives it one") {
+  job_spec s = small_spec(1, 3);
+  bench b(s);
+  b.give({1});
+  b.answer(1, 1);
+  b.load(1);
+  b.give({2});
+  const auto members = b.machine.view().members;
+  REQUIRE(members.size() == 2);
+  CHECK(members[0].stage == 0);
+  CHECK(members[0].replica == 0);
+  CHECK(members[1].stage == -1);
+  CHECK(members[1].state == "joining");
+}
+
 TEST_CASE("a stage that nobody holds any more comes from the newest durable checkpoint") {
   bench b(two_stages());
   b.start();

@@ -344,6 +344,10 @@ exit_code show_status(const global_flags& flags, const api_client& api, const st
                   std::erase_if(text, [](char c) { return c == '"' || c == '[' || c == ']'; });
                   return text;
                 });
+    std::string joining;
+    for (const auto& name : p.value("joining", json::array()))
+      joining += (joining.empty() ? "" : ", ") + name.get<std::string>();
+    if (!joining.empty()) std::printf("Joining   %s\n", joining.c_str());
   }
   if (auto events = api.get("/jobs/" + percent_encode(job) + "/events")) {
     const auto& list = (*events)["events"];
