@@ -40,6 +40,15 @@ struct bench {
     REQUIRE(replies[0].outcome);
     return replies[0].outcome->job;
   }
+  /// The worker on connection 1 answers its first prepare and has loaded.
+  void begin_alone(job_id job) {
+    prepared answer;
+    answer.job = value(job);
+    answer.number = 1;
+    step(events::worker_said{at(1), answer});
+    const std::uint64_t hash = plan_hash(machine.jobs().at(job).generation()->shape);
+    step(events::worker_said{at(1), ready{value(job), 1, hash, 0, ""}});
+  }
   std::string state(job_id id) const { return machine.job(id)->state; }
 
   cluster_machine machine{restored_records{}, "/state/checkpoints"};
@@ -179,12 +188,7 @@ TEST_CASE("a worker that froze and thaws on the same channel is asked by its job
   bench b;
   b.attach(1, "a");
   const job_id job = b.submit(small_spec(1, 1));
-  prepared answer;
-  answer.job = value(job);
-  answer.number = 1;
-  b.step(events::worker_said{at(1), answer});
-  const std::uint64_t hash = plan_hash(b.machine.jobs().at(job).generation()->shape);
-  b.step(events::worker_said{at(1), ready{value(job), 1, hash, 0, ""}});
+  b.begin_alone(job);
   for (int i = 0; i < 101; ++i) b.tick(100);
   CHECK(b.state(job) == "RECOVERING");
   const auto back = b.step(
@@ -235,12 +239,7 @@ TEST_CASE(
   bench b;
   b.attach(1, "a");
   const job_id job = b.submit(small_spec(1, 1));
-  prepared answer;
-  answer.job = value(job);
-  answer.number = 1;
-  b.step(events::worker_said{at(1), answer});
-  const std::uint64_t hash = plan_hash(b.machine.jobs().at(job).generation()->shape);
-  b.step(events::worker_said{at(1), ready{value(job), 1, hash, 0, ""}});
+  b.begin_alone(job);
   for (int i = 0; i < 101; ++i) b.tick(100);
   REQUIRE(b.state(job) == "RECOVERING");
   job_spec other = small_spec(1, 1);

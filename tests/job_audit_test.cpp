@@ -313,16 +313,13 @@ TEST_CASE("a final checkpoint that holds other weights than its workers is writt
   CHECK(committed[0].second.save_at_start);
 }
 
-TEST_CASE("a distrusted worker is drained with the reason, durably, until it is undrained") {
+/// A cluster of so many workers, w1 on connection 1 and so on, that is given one job.
+cluster_machine cluster_of(std::uint64_t workers, const job_spec& spec) {
   cluster_machine cluster(restored_records{}, "folder");
   (void)cluster.start();
   (void)cluster.step(events::tick{1000, 1000});
-  job_spec spec = small_spec(3, 3);
-  spec.parallelism.is_explicit = true;
-  spec.parallelism.stages = 1;
-  spec.parallelism.replicas = 3;
   (void)cluster.step(events::submit_job{spec, "", {}});
-  for (std::uint64_t n = 1; n <= 3; ++n) {
+  for (std::uint64_t n = 1; n <= workers; ++n) {
     hello h;
     h.name = fmt::format("w{}", n);
     h.process = fmt::format("p{}", n);
@@ -330,6 +327,15 @@ TEST_CASE("a distrusted worker is drained with the reason, durably, until it is 
     h.device_class = "c";
     (void)cluster.step(events::worker_attached{static_cast<connection_id>(n), h});
   }
+  return cluster;
+}
+
+TEST_CASE("a distrusted worker is drained with the reason, durably, until it is undrained") {
+  job_spec spec = small_spec(3, 3);
+  spec.parallelism.is_explicit = true;
+  spec.parallelism.stages = 1;
+  spec.parallelism.replicas = 3;
+  cluster_machine cluster = cluster_of(3, spec);
   const auto say = [&cluster](std::uint64_t n, to_coordinator m) {
     return cluster.step(events::worker_said{static_cast<connection_id>(n), std::move(m)});
   };
@@ -439,20 +445,9 @@ TEST_CASE("a patrol walks from checkpoint to checkpoint, and what it finds sends
 }
 
 TEST_CASE("a free worker is asked to compute a window again, and a job's need for it comes first") {
-  cluster_machine cluster(restored_records{}, "folder");
-  (void)cluster.start();
-  (void)cluster.step(events::tick{1000, 1000});
   job_spec spec = small_spec(1, 1);
   spec.elasticity.patrol = true;
-  (void)cluster.step(events::submit_job{spec, "", {}});
-  for (std::uint64_t n = 1; n <= 2; ++n) {
-    hello h;
-    h.name = fmt::format("w{}", n);
-    h.process = fmt::format("p{}", n);
-    h.device = "cpu";
-    h.device_class = "c";
-    (void)cluster.step(events::worker_attached{static_cast<connection_id>(n), h});
-  }
+  cluster_machine cluster = cluster_of(2, spec);
   const auto say = [&cluster](std::uint64_t n, to_coordinator m) {
     return cluster.step(events::worker_said{static_cast<connection_id>(n), std::move(m)});
   };

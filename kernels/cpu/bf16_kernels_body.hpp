@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/bf16_kernels.hpp"
+#include "kernels/cpu/transpose_8x8.hpp"
 #include "kernels/math.hpp"
 
 namespace stagecoach {
@@ -149,32 +150,6 @@ void pairs_across(uint32_t* to, int64_t width, int64_t step, const uint32_t* fro
   }
 }
 
-typedef uint32_t eight __attribute__((vector_size(32)));
-typedef uint32_t loose_eight __attribute__((vector_size(32), aligned(4), may_alias));
-
-/// 8 by 8, by pairs of lanes, pairs of pairs, and halves.
-STAGECOACH_INLINE void turn_8x8(uint32_t* to, int64_t ld_to, const uint32_t* from,
-                                int64_t ld_from) {
-  eight a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const loose_eight*>(from + i * ld_from);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[i + 2 * j + 1] =
-          __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int i = 0; i < 4; ++i) {
-    *reinterpret_cast<loose_eight*>(to + i * ld_to) =
-        __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    *reinterpret_cast<loose_eight*>(to + (i + 4) * ld_to) =
-        __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
-
 constexpr int64_t turned_pairs = 64;  // of a row at a time: 8 rows of them are 2 KB
 
 void pairs_in_rows_turned(uint32_t* to, int64_t width, const float* from, int64_t ld, int64_t rows,
@@ -194,7 +169,7 @@ void pairs_in_rows_turned(uint32_t* to, int64_t width, const float* from, int64_
       }
       uint32_t* out = to + first * width + r;
       int64_t p = 0;
-      for (; p + 8 <= count; p += 8) turn_8x8(out + p * width, width, strip + p, turned_pairs);
+      for (; p + 8 <= count; p += 8) transpose_8x8(out + p * width, width, strip + p, turned_pairs);
       for (; p < count; ++p)
         for (int64_t i = 0; i < 8; ++i) out[p * width + i] = strip[i * turned_pairs + p];
     }

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/row_kernels.hpp"
+#include "kernels/cpu/transpose_8x8.hpp"
 #include "kernels/math.hpp"
 
 namespace stagecoach {
@@ -245,31 +246,6 @@ void layernorm_backward_weight(float* dgain, float* dbias, const float* dy, cons
 }
 
 // ---- transposing ------------------------------------------------------------------------------
-
-typedef float eight __attribute__((vector_size(32)));
-typedef float loose_eight __attribute__((vector_size(32), aligned(4), may_alias));
-
-/// 8 by 8, by pairs of lanes, pairs of pairs, and halves: one instruction each.
-STAGECOACH_INLINE void transpose_8x8(float* to, int64_t ld_to, const float* from, int64_t ld_from) {
-  eight a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const loose_eight*>(from + i * ld_from);
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = __builtin_shufflevector(b[i + j], b[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[i + 2 * j + 1] =
-          __builtin_shufflevector(b[i + j], b[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int i = 0; i < 4; ++i) {
-    const eight low = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    const eight high = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    *reinterpret_cast<loose_eight*>(to + i * ld_to) = low;
-    *reinterpret_cast<loose_eight*>(to + (i + 4) * ld_to) = high;
-  }
-}
 
 void transpose(float* to, int64_t ld_to, const float* from, int64_t ld_from, int64_t rows,
                int64_t columns) {
