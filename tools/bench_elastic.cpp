@@ -5,10 +5,6 @@
 // fault's time is the machine's wall clock, against the time that rank 0 wrote on each committed
 // step. Where a layout has more workers than this machine has cores, wall time would show the
 // cores and not the layout: there, CPU time or virtual time is shown, and said.
-#include <time.h>
-
-#include <atomic>
-#include <barrier>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -22,15 +18,12 @@
 #include <thread>
 
 #include "config/job_spec_yaml.hpp"
-#include "kernels/backend.hpp"
 #include "model/plan.hpp"
-#include "model/stage.hpp"
 #include "model/virtual_time.hpp"
+#include "tools/bench_ranks.hpp"
 #include "tools/bench_support.hpp"
 #include "tools/job_file.hpp"
 #include "tools/local_cluster.hpp"
-#include "worker/link.hpp"
-#include "worker/step_runner.hpp"
 
 namespace stagecoach {
 namespace {
@@ -44,13 +37,6 @@ double unix_ms() {
   return std::chrono::duration<double, std::milli>(
              std::chrono::system_clock::now().time_since_epoch())
       .count();
-}
-
-// CPU seconds of all threads of this process: what a step costs, whatever else the cores do.
-double process_cpu_seconds() {
-  timespec t{};
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
 }
 
 // One job on one cluster, with the questions that the measurements ask again and again.
@@ -534,61 +520,6 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
 
   // ---- what exactness costs: CPU seconds of a step in one process, all ranks, one thread each
   // ----------
-  // The same ranks, once with the tree over named leaves and once in plain order.
-  struct ranks {
-    job_spec spec;
-    plan shape;
-    std::vector<std::int32_t> tokens;
-    std::vector<std::unique_ptr<backend>> devices;
-    std::vector<std::unique_ptr<stage>> stages;
-    std::vector<std::unique_ptr<link_set>> links;
-    std::vector<std::unique_ptr<step_runner>> runners;
-    std::uint64_t step = 0;
-    std::vector<std::uint64_t> chains;
-
-    ranks(job_spec s, int replicas) : spec(std::move(s)) {
-      shape.generation = 1;
-      shape.shape.replica_count = replicas;
-      shape.shape.unit_cuts = {0, unit_count(spec.model)};
-      shape.shape.leaf_cuts = partition_leaves(spec.batch.leaf_count, replicas);
-      shape.members.resize(static_cast<std::size_t>(replicas));
-      links = make_memory_links(replicas);
-      chains.resize(static_cast<std::size_t>(replicas));
-      std::mt19937_64 random(7);
-      tokens.resize(100'000);
-      for (auto& t : tokens)
-        t = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(spec.model.vocab_size));
-      token_reader reader{static_cast<std::int64_t>(tokens.size()),
-                          [this](std::int64_t begin, std::int64_t n, std::int32_t* out) {
-                            std::copy_n(tokens.begin() + begin, n, out);
-                          }};
-      for (int r = 0; r < replicas; ++r) {
-        devices.push_back(make_cpu_backend(1));
-        stages.push_back(std::make_unique<stage>(spec.model, spec.batch, 0, unit_count(spec.model),
-                                                 *step_runner::slots(spec, shape, r),
-                                                 *devices.back()));
-        stages.back()->initialise_parameters();
-        runners.push_back(std::make_unique<step_runner>(spec, shape, r, *stages.back(),
-                                                        *links[static_cast<std::size_t>(r)],
-                                                        *devices.back(), reader, reader));
-      }
-    }
-    double cpu_seconds() {
-      ++step;
-      const double began = process_cpu_seconds();
-      std::vector<std::thread> threads;
-      for (std::size_t r = 0; r < runners.size(); ++r)
-        threads.emplace_back([this, r] {
-          auto vote = runners[r]->compute(step, chains[r], {});
-          if (!vote) return;
-          runners[r]->apply(*vote);
-          chains[r] = vote->chain;
-        });
-      for (auto& t : threads) t.join();
-      return process_cpu_seconds() - began;
-    }
-  };
-
   void exactness() {
     for (const int replicas : {1, 2, 4, 3, 5, 6, 7}) {
       if (is_interrupted()) return;
@@ -601,12 +532,12 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
       spec.batch.leaf_count = 8;
       job_spec plain = spec;
       plain.optimizer.exact = false;
-      ranks exact_ranks(spec, replicas), plain_ranks(plain, replicas);
-      exact_ranks.cpu_seconds();
-      plain_ranks.cpu_seconds();
+      bench_ranks exact_ranks(spec, replicas), plain_ranks(plain, replicas);
+      (void)exact_ranks.step_cpu_seconds();
+      (void)plain_ranks.step_cpu_seconds();
       std::vector<double> ratios, exact_s;
       for (int round = 0; round < own_.rounds * 3 && !is_interrupted(); ++round) {
-        const double a = exact_ranks.cpu_seconds(), b = plain_ranks.cpu_seconds();
+        const double a = exact_ranks.step_cpu_seconds(), b = plain_ranks.step_cpu_seconds();
         ratios.push_back(a / b);
         exact_s.push_back(a);
       }
@@ -627,61 +558,13 @@ checkpoint: {{every: 200 steps, keep: {{last: 2}}}}
 
   // ---- throughput at N of N0: measured pieces, replayed on virtual time
   // ----------------------------------
-  // Pieces of one step by one worker, one thread, nothing else of ours running. A block's time is
-  // what is left when a model without the other blocks is taken off.
-  unit_times measured_pieces(const job_spec& spec) {
-    const auto phases = [&](std::int64_t layers) {
-      job_spec own = spec;
-      own.model.n_layer = layers;
-      // Fewer microbatches of the same size: a piece's time does not depend on their number.
-      own.batch.global_sequences = 32 * own.batch.micro_sequences;
-      own.batch.leaf_count = 32;
-      ranks alone(own, 1);
-      std::vector<double> f, i, w, vote, apply;
-      for (int k = 0; k < 2 + own_.rounds; ++k) {
-        alone.cpu_seconds();
-        if (k < 2) continue;
-        const step_times& t = alone.runners[0]->times();
-        f.push_back(static_cast<double>(t.forward_us));
-        i.push_back(static_cast<double>(t.backward_input_us));
-        w.push_back(static_cast<double>(t.backward_weight_us));
-        vote.push_back(static_cast<double>(t.vote_us));
-        apply.push_back(static_cast<double>(t.apply_us));
-      }
-      const double per = 1e-6 / static_cast<double>(own.batch.microbatch_count());
-      struct {
-        double forward, input, weight, vote, apply;
-        std::int64_t parameters;
-      } out{median(f) * per,     median(i) * per,      median(w) * per,
-            median(vote) * 1e-6, median(apply) * 1e-6, parameter_count(own.model)};
-      return out;
-    };
-    const auto few = phases(1), many = phases(spec.model.n_layer);
-    const double blocks = static_cast<double>(spec.model.n_layer - 1);
-    unit_times t;
-    t.block = {(many.forward - few.forward) / blocks, (many.input - few.input) / blocks,
-               (many.weight - few.weight) / blocks};
-    // Nearly all of the rest is the head's matrix product.
-    t.head = {std::max(0.0, few.forward - t.block.forward),
-              std::max(0.0, few.input - t.block.backward_input),
-              std::max(0.0, few.weight - t.block.backward_weight)};
-    t.vote_seconds = many.vote;
-    t.optimizer_seconds_per_parameter = many.apply / static_cast<double>(many.parameters);
-    // Ten gigabits and 50 us a frame, as between hosts of one rack; the target is for compute-bound
-    // jobs.
-    t.link_seconds = 50e-6;
-    t.link_seconds_per_byte = 1.0 / 1.25e9;
-    t.merge_seconds_per_parameter = 12.0 / 5e9;  // two reads and a write at 5 GB/s
-    return t;
-  }
-
   void throughput() {
     job_spec spec =
         small_job("throughput",
                   {"elasticity.workers=1..8", "batch.micro=auto", "batch.leaves=auto"},
                   "{n_layer: 6, d_model: 192, n_head: 6, vocab_size: 256, context: 64}", 2048)
             .spec;
-    const unit_times pieces = measured_pieces(spec);
+    const unit_times pieces = measured_pieces(spec, own_.rounds);
     for (const auto& [along, name] : {std::pair{stretch::replicas, "replicas"},
                                       std::pair{stretch::chosen, "the planner's layouts"}}) {
       auto points = predicted_throughput(spec, 8, 4, along, pieces);
