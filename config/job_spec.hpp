@@ -79,9 +79,9 @@ struct parallelism_spec {
   bool is_explicit = false;  // then stages x replicas is fixed
   int stages = 0;
   int replicas = 0;
-  std::string schedule = "1f1b";  // "gpipe" | "1f1b"
-  std::vector<int> layers;        // optional: blocks per stage
-  bool shard_optimizer = false;   // ZeRO-1: each replica keeps the moments of its share only
+  std::string schedule = "zb-h1";  // "zb-h1" | "1f1b" | "gpipe"
+  std::vector<int> layers;         // optional: blocks per stage
+  bool shard_optimizer = false;    // ZeRO-1: each replica keeps the moments of its share only
   bool operator==(const parallelism_spec&) const = default;
 };
 

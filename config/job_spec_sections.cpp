@@ -546,7 +546,7 @@ void spec_reader::read_parallelism(section& top) {
   read_choice(s, "mode", mode, {"auto", "explicit"});
   read_small(s, "stages", p.stages, 1, limits::stage_count_max);
   read_small(s, "replicas", p.replicas, 1, limits::replica_count_max);
-  read_choice(s, "schedule", p.schedule, {"gpipe", "1f1b"}, {"interleaved", "zero-bubble"});
+  read_choice(s, "schedule", p.schedule, {"zb-h1", "1f1b", "gpipe"}, {"interleaved", "zb-v"});
   if (const yaml_node* n = s.find("layers")) {
     if (n->is != shape::list) {
       report(n->place, "E006", "parallelism.layers",

@@ -187,7 +187,7 @@ precision: fp32                     # or bf16: operands of products; sums and we
 stop: {stop:<30}# steps, tokens or both; the first one reached wins
 eval: {{every: 250 steps, batches: 20}}
 
-parallelism: {{mode: auto}}           # or  {{stages: 2, replicas: 1, schedule: 1f1b}}  (1f1b | gpipe)
+parallelism: {{mode: auto}}           # or  {{stages: 2, replicas: 1, schedule: zb-h1}}  (zb-h1 | 1f1b | gpipe)
 elasticity:
   workers: 1..4                     # min..max; fewer than min: the job waits
   on_loss: replace                  # replace (a spare, else fewer workers) | shrink | wait

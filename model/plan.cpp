@@ -11,6 +11,7 @@
 #include "kernels/bf16_sizes.hpp"
 #include "model/copies.hpp"
 #include "model/leaf_tree.hpp"
+#include "model/schedule.hpp"
 #include "model/tensor_names.hpp"
 
 namespace stagecoach {
@@ -213,8 +214,9 @@ result<void> check_plannable(const job_spec& spec) {
         errc::bad_spec,
         "batch.leaves is {}; expected a power of two that divides the {} microbatches",
         b.leaf_count, b.microbatch_count());
-  if (spec.parallelism.schedule != "gpipe" && spec.parallelism.schedule != "1f1b")
-    return make_error(errc::bad_spec, "parallelism.schedule is \"{}\". fix: gpipe or 1f1b",
+  // Of the names, those that suit any number of stages.
+  if (!check_schedule_name(spec.parallelism.schedule, 0))
+    return make_error(errc::bad_spec, "parallelism.schedule is \"{}\". fix: zb-h1, 1f1b or gpipe",
                       spec.parallelism.schedule);
   return ok();
 }
@@ -399,9 +401,8 @@ result<void> check_layout(const job_spec& spec, const layout& shape) {
         errc::bad_input,
         "layout: leaf cuts [{}] do not give each of {} replicas its own part of {} leaves",
         joined(shape.leaf_cuts, ", "), shape.replica_count, spec.batch.leaf_count);
-  if (shape.schedule != "gpipe" && shape.schedule != "1f1b")
-    return make_error(errc::bad_input, "layout: schedule \"{}\"; expected gpipe or 1f1b",
-                      shape.schedule);
+  if (auto named = check_schedule_name(shape.schedule, shape.stage_count); !named)
+    return make_error(errc::bad_input, "layout: {}", named.err().message);
   return ok();
 }
 
@@ -426,11 +427,8 @@ stage_memory predict_memory(const job_spec& spec, const layout& shape, int stage
   // The reduced gradient of a step is kept until the next one is voted (DESIGN 5).
   memory.gradients = float_bytes * sizes.gradients * (live_blocks_max(leaf_begin, leaf_end) + 1);
 
-  // What check_schedule counts for the two tables (a test compares); replaying a table of a large
-  // job for each figure that `plan` prints would be slow.
-  const std::int64_t live = shape.schedule == "gpipe"
-                                ? microbatches
-                                : std::min<std::int64_t>(shape.stage_count - stage, microbatches);
+  const std::int64_t live =
+      live_microbatches(shape.schedule, shape.stage_count, stage, static_cast<int>(microbatches));
   std::int64_t kept = 0;
   for (int unit = unit_begin; unit < unit_end; ++unit) kept += kept_floats(spec, unit);
   // A stage without the head keeps the gradient that its neighbour sent.

@@ -30,7 +30,7 @@ struct plan_member {
 struct layout {
   int stage_count = 1;
   int replica_count = 1;
-  std::string schedule = "1f1b";
+  std::string schedule = "1f1b";  // a name of model/schedule.hpp
   std::vector<int> unit_cuts;  // stage_count + 1 entries; stage s runs units [cuts[s], cuts[s+1])
   std::vector<int>
       leaf_cuts;  // replica_count + 1 entries; replica r owns leaves [cuts[r], cuts[r+1])

@@ -1,8 +1,12 @@
 #include "model/schedule.hpp"
 
 #include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <deque>
+#include <functional>
+#include <optional>
+#include <string_view>
 
 #include "config/limits.hpp"
 
@@ -28,13 +32,14 @@ class stage_list {
     if (has_next_) add(op::send_activation, microbatch);
   }
 
-  void backward(int microbatch) {
+  void backward_input(int microbatch) {
     if (has_next_) add(op::receive_gradient, microbatch);
     add(op::backward_input, microbatch);
-    // Before the weight gradient: the previous stage waits for this and for nothing else.
+    // Before any weight gradient: the previous stage waits for this and for nothing else.
     if (has_previous_) add(op::send_gradient, microbatch);
-    add(op::backward_weight, microbatch);
   }
+
+  void backward_weight(int microbatch) { add(op::backward_weight, microbatch); }
 
   std::vector<instruction> finish() {
     add(op::reduce, 0);
@@ -53,23 +58,66 @@ class stage_list {
 std::vector<instruction> gpipe(int stage, int stage_count, int microbatch_count) {
   stage_list list(stage, stage_count, microbatch_count);
   for (int m = 0; m < microbatch_count; ++m) list.forward(m);
-  for (int m = 0; m < microbatch_count; ++m) list.backward(m);
+  for (int m = 0; m < microbatch_count; ++m) {
+    list.backward_input(m);
+    list.backward_weight(m);
+  }
   return list.finish();
 }
 
-// Warm-up fills the stages behind this one; then each forward is paid for by a backward, so that
-// stage_count - stage activations are alive at most (Narayanan et al. 2021, arXiv:2104.04473, 2.2).
-std::vector<instruction> one_forward_one_backward(int stage, int stage_count,
-                                                  int microbatch_count) {
+// Warm-up fills the stages behind this one; then each forward is paid for by a backward (Narayanan
+// et al. 2021, arXiv:2104.04473, 2.2). The weight gradients wait for nobody and nobody waits for
+// them: late ones fill the places where a stage would wait for its neighbours.
+std::vector<instruction> with_rhythm(stage_rhythm rhythm, int stage, int stage_count,
+                                     int microbatch_count) {
   stage_list list(stage, stage_count, microbatch_count);
-  const int warm_up = std::min(stage_count - stage - 1, microbatch_count);
-  for (int m = 0; m < warm_up; ++m) list.forward(m);
-  for (int m = warm_up; m < microbatch_count; ++m) {
-    list.forward(m);
-    list.backward(m - warm_up);
+  for (int m = 0; m < std::min(rhythm.warm_up, microbatch_count); ++m) list.forward(m);
+  for (int m = 0; m < microbatch_count; ++m) {
+    list.backward_input(m);
+    if (m >= rhythm.delay) list.backward_weight(m - rhythm.delay);
+    if (m < microbatch_count - rhythm.warm_up) list.forward(m + rhythm.warm_up);
   }
-  for (int m = microbatch_count - warm_up; m < microbatch_count; ++m) list.backward(m);
+  for (int m = std::max(microbatch_count - rhythm.delay, 0); m < microbatch_count; ++m)
+    list.backward_weight(m);
   return list.finish();
+}
+
+constexpr std::string_view family_prefix = "zb:";
+
+/// "4.0,3.1": what each stage does; none if the words are not of that form, or out of bounds.
+std::optional<std::vector<stage_rhythm>> read_rhythms(std::string_view words) {
+  std::vector<stage_rhythm> stages;
+  const char* at = words.data();
+  const char* const end = at + words.size();
+  while (true) {
+    stage_rhythm one;
+    const auto warm_up = std::from_chars(at, end, one.warm_up);
+    if (warm_up.ec != std::errc() || warm_up.ptr == end || *warm_up.ptr != '.') return {};
+    const auto delay = std::from_chars(warm_up.ptr + 1, end, one.delay);
+    if (delay.ec != std::errc()) return {};
+    if (one.warm_up < 1 || one.warm_up > microbatch_count_max || one.delay < 0 ||
+        one.delay > microbatch_count_max ||
+        stages.size() == static_cast<std::size_t>(limits::stage_count_max))
+      return {};
+    stages.push_back(one);
+    if (delay.ptr == end) return stages;
+    if (*delay.ptr != ',') return {};
+    at = delay.ptr + 1;
+  }
+}
+
+/// None for gpipe, which has no rhythm, and for a name that is none.
+std::optional<std::vector<stage_rhythm>> rhythms_of(const std::string& schedule, int stage_count) {
+  if (schedule.starts_with(family_prefix)) {
+    auto stages = read_rhythms(std::string_view(schedule).substr(family_prefix.size()));
+    if (!stages || stages->size() != static_cast<std::size_t>(stage_count)) return {};
+    return stages;
+  }
+  if (schedule != "1f1b" && schedule != "zb-h1") return {};
+  std::vector<stage_rhythm> stages;
+  for (int s = 0; s < stage_count; ++s)
+    stages.push_back({stage_count - s, schedule == "zb-h1" ? s : 0});
+  return stages;
 }
 
 struct frame {
@@ -94,11 +142,12 @@ struct replayed_stage {
 
 class replay {
  public:
-  replay(const schedule_table& table, int microbatch_count, const std::vector<stage_times>& times,
-         double link_seconds)
+  /// cost: seconds of instruction i of stage s.
+  replay(const schedule_table& table, int microbatch_count,
+         std::function<double(std::size_t s, std::size_t i)> cost, double link_seconds)
       : table_(table),
         microbatch_count_(microbatch_count),
-        times_(times),
+        cost_(std::move(cost)),
         link_seconds_(link_seconds),
         stages_(table.size()),
         activations_(table.size()),
@@ -117,6 +166,7 @@ class replay {
       for (std::size_t s = 0; s < stages_.size(); ++s) {
         while (stages_[s].next < table_[s].size() && !is_waiting(s)) {
           if (auto done = carry_out(s); !done) return done.err();
+          spend(s, cost_(s, stages_[s].next));
           ++stages_[s].next;
           moved = true;
         }
@@ -170,7 +220,6 @@ class replay {
           return wrong(s, "its activation was not received before");
         stage.forwarded[at] = 1;
         if (!has_previous) keep(stage);
-        spend(s, times_[s].forward);
         return ok();
       }
       case op::send_activation: {
@@ -195,7 +244,6 @@ class replay {
         if (has_next && !stage.received_gradient[at])
           return wrong(s, "its output gradient was not received before");
         ++stage.backward_inputs;
-        spend(s, times_[s].backward_input);
         return ok();
       }
       case op::send_gradient: {
@@ -213,7 +261,6 @@ class replay {
         if (m >= stage.backward_inputs) return wrong(s, "comes before its backward_input");
         ++stage.backward_weights;
         --stage.live;
-        spend(s, times_[s].backward_weight);
         return ok();
       }
       case op::reduce:
@@ -305,7 +352,7 @@ class replay {
 
   const schedule_table& table_;
   int microbatch_count_;
-  const std::vector<stage_times>& times_;
+  std::function<double(std::size_t, std::size_t)> cost_;
   double link_seconds_;
   std::vector<replayed_stage> stages_;
   std::vector<std::deque<frame>> activations_;  // [s]: on the way from s-1 to s
@@ -326,17 +373,118 @@ result<void> check_sizes(int stage_count, int microbatch_count) {
 
 }  // namespace
 
+result<void> check_schedule_name(const std::string& schedule, int stage_count) {
+  if (schedule == "gpipe" || rhythms_of(schedule, stage_count)) return ok();
+  return make_error(errc::bad_spec,
+                    "schedule \"{}\" is unknown, or not of {} stages. fix: zb-h1, 1f1b or gpipe",
+                    schedule.substr(0, 100), stage_count);
+}
+
+std::string schedule_name(const std::vector<stage_rhythm>& stages) {
+  std::string name(family_prefix);
+  for (std::size_t s = 0; s < stages.size(); ++s)
+    name += fmt::format("{}{}.{}", s == 0 ? "" : ",", stages[s].warm_up, stages[s].delay);
+  return name;
+}
+
 result<schedule_table> make_schedule(const std::string& schedule, int stage_count,
                                      int microbatch_count) {
   if (auto sizes = check_sizes(stage_count, microbatch_count); !sizes) return sizes.err();
-  if (schedule != "gpipe" && schedule != "1f1b")
-    return make_error(errc::bad_spec, "schedule \"{}\" is unknown. fix: gpipe or 1f1b", schedule);
+  if (auto named = check_schedule_name(schedule, stage_count); !named) return named.err();
+  const auto rhythms = rhythms_of(schedule, stage_count);
   schedule_table table;
   for (int stage = 0; stage < stage_count; ++stage)
-    table.push_back(schedule == "gpipe"
-                        ? gpipe(stage, stage_count, microbatch_count)
-                        : one_forward_one_backward(stage, stage_count, microbatch_count));
+    table.push_back(rhythms ? with_rhythm((*rhythms)[static_cast<std::size_t>(stage)], stage,
+                                          stage_count, microbatch_count)
+                            : gpipe(stage, stage_count, microbatch_count));
   return table;
+}
+
+int live_microbatches(const std::string& schedule, int stage_count, int stage,
+                      int microbatch_count) {
+  const auto rhythms = rhythms_of(schedule, stage_count);
+  if (!rhythms) return microbatch_count;
+  const stage_rhythm& own = (*rhythms)[static_cast<std::size_t>(stage)];
+  return std::min(own.warm_up + own.delay, microbatch_count);
+}
+
+namespace {
+
+/// What search_schedule compares: when it ends, then what it keeps.
+struct candidate_score {
+  double makespan = 0;
+  int live = 0;
+  bool is_better_than(const candidate_score& other) const {
+    // Sums of the same times in another order differ in their last bits: these are no gain.
+    const double least = 1e-9 * other.makespan;
+    if (makespan < other.makespan - least) return true;
+    return makespan <= other.makespan + least && live < other.live;
+  }
+};
+
+}  // namespace
+
+result<found_schedule> search_schedule(int microbatch_count, const std::vector<stage_times>& times,
+                                       double link_seconds, const std::vector<int>& live_max) {
+  const int stage_count = static_cast<int>(times.size());
+  if (auto sizes = check_sizes(stage_count, microbatch_count); !sizes) return sizes.err();
+  if (live_max.size() != times.size() || *std::min_element(live_max.begin(), live_max.end()) < 1)
+    return make_error(errc::bad_spec,
+                      "schedule: {} limits of live microbatches for {} stages, each "
+                      "at least 1",
+                      live_max.size(), stage_count);
+
+  std::vector<stage_rhythm> best;
+  candidate_score best_score;
+  found_schedule found;
+  // Takes the candidate if it is within the limits, free of deadlock, and better.
+  const auto consider = [&](const std::vector<stage_rhythm>& candidate) {
+    candidate_score score;
+    for (std::size_t s = 0; s < candidate.size(); ++s) {
+      const int live = std::min(candidate[s].warm_up + candidate[s].delay, microbatch_count);
+      if (candidate[s].warm_up < 1 || candidate[s].delay < 0 || live > live_max[s]) return false;
+      score.live += live;
+    }
+    const std::string name = schedule_name(candidate);
+    auto table = make_schedule(name, stage_count, microbatch_count);
+    if (!table) return false;
+    auto facts = check_schedule(*table, microbatch_count, times, link_seconds);
+    if (!facts) return false;  // stages would wait for one another
+    score.makespan = facts->makespan;
+    if (!best.empty() && !score.is_better_than(best_score)) return false;
+    best = candidate;
+    best_score = score;
+    found = {name, std::move(*facts)};
+    return true;
+  };
+
+  // One microbatch at a time is within any limit; 1F1B, ZB-H1 and ZB-H2 as far as the limits let.
+  consider(std::vector<stage_rhythm>(times.size()));
+  for (const int extra : {0, 1}) {
+    for (const int delay_share : {0, 1, 2}) {
+      std::vector<stage_rhythm> start;
+      for (int s = 0; s < stage_count; ++s) {
+        const int most = live_max[static_cast<std::size_t>(s)];
+        const int behind = stage_count - s;
+        const int warm_up = std::min(behind + extra * (behind - 1), most);
+        start.push_back({warm_up, std::min(delay_share * s, most - warm_up)});
+      }
+      consider(start);
+    }
+  }
+  // Then one stage after the other, a step in each direction, until none gains.
+  for (bool has_gained = true; has_gained;) {
+    has_gained = false;
+    for (std::size_t s = 0; s < times.size(); ++s)
+      for (const stage_rhythm by :
+           {stage_rhythm{1, 0}, {0, 1}, {-1, 0}, {0, -1}, {1, -1}, {-1, 1}}) {
+        std::vector<stage_rhythm> next = best;
+        next[s].warm_up += by.warm_up;
+        next[s].delay += by.delay;
+        has_gained = consider(next) || has_gained;
+      }
+  }
+  return found;
 }
 
 result<schedule_facts> check_schedule(const schedule_table& table, int microbatch_count,
@@ -349,8 +497,35 @@ result<schedule_facts> check_schedule(const schedule_table& table, int microbatc
   if (!times.empty() && times.size() != table.size())
     return make_error(errc::bad_spec, "schedule: times of {} stages for a table of {}",
                       times.size(), table.size());
-  const std::vector<stage_times> equal(table.size());
-  return replay(table, microbatch_count, times.empty() ? equal : times, link_seconds).run();
+  const auto cost = [&](std::size_t s, std::size_t i) {
+    const stage_times one = times.empty() ? stage_times{} : times[s];
+    switch (table[s][i].what) {
+      case op::forward:
+        return one.forward;
+      case op::backward_input:
+        return one.backward_input;
+      case op::backward_weight:
+        return one.backward_weight;
+      default:
+        return 0.0;
+    }
+  };
+  return replay(table, microbatch_count, cost, link_seconds).run();
+}
+
+result<schedule_facts> replay_schedule(const schedule_table& table, int microbatch_count,
+                                       const std::vector<std::vector<double>>& seconds,
+                                       double link_seconds) {
+  if (auto sizes = check_sizes(static_cast<int>(table.size()), microbatch_count); !sizes)
+    return sizes.err();
+  bool are_all_timed = seconds.size() == table.size();
+  for (std::size_t s = 0; are_all_timed && s < table.size(); ++s)
+    are_all_timed = seconds[s].size() == table[s].size();
+  if (!are_all_timed)
+    return make_error(errc::bad_spec, "schedule: expected a time for each instruction of {} stages",
+                      table.size());
+  const auto cost = [&](std::size_t s, std::size_t i) { return seconds[s][i]; };
+  return replay(table, microbatch_count, cost, link_seconds).run();
 }
 
 std::string to_string(op what) {

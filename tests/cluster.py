@@ -55,7 +55,7 @@ def job_file(name, steps=30, workers="1", parallelism="", every="10 steps", keep
     return str(path)
 
 
-def explicit(stages, replicas, schedule="1f1b"):
+def explicit(stages, replicas, schedule="zb-h1"):
     return f"parallelism: {{mode: explicit, stages: {stages}, replicas: {replicas}, schedule: {schedule}}}"
 
 

@@ -2,6 +2,7 @@
 // 4).
 #include <doctest/doctest.h>
 
+#include <array>
 #include <map>
 #include <tuple>
 
@@ -133,14 +134,22 @@ TEST_CASE("one worker with 1, 2, 3 and 8 threads ends with the same bits") {
 TEST_CASE("two stages end with the same bits as one") {
   check_same(2, 1, "1f1b", 1);
   check_same(2, 1, "gpipe", 1);
+  check_same(2, 1, "zb-h1", 1);
+}
+
+TEST_CASE("weight gradients as late as can be end with the same bits") {
+  check_same(2, 1, "zb:5.3,2.9", 1);
+  check_same(3, 2, "zb:3.9,2.9,1.9", 1);
+  check_same(3, 2, "zb-h1", 1, "bf16");
 }
 
 TEST_CASE("two replicas end with the same bits as one") { check_same(1, 2, "1f1b", 1); }
 
-TEST_CASE("every layout up to 4 stages x 4 replicas, both schedules, the same bits") {
+TEST_CASE("every layout up to 4 stages x 4 replicas, each schedule in turn, the same bits") {
+  const std::array<const char*, 3> schedules{"zb-h1", "gpipe", "1f1b"};
   for (int stages = 1; stages <= 4; ++stages)
     for (int replicas = 1; replicas <= 4; ++replicas)
-      check_same(stages, replicas, (stages + replicas) % 2 == 0 ? "gpipe" : "1f1b",
+      check_same(stages, replicas, schedules[static_cast<std::size_t>(stages + replicas) % 3],
                  1 + replicas % 2);
 }
 

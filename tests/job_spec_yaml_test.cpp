@@ -236,7 +236,7 @@ TEST_CASE("what a later version will do is refused by name, and its neutral valu
                            "precision={compute: bf16, master: bf16}",
                            "batch.ramp={from: 1, over: 2}",
                            "parallelism.recompute=full",
-                           "parallelism.schedule=zero-bubble",
+                           "parallelism.schedule=zb-v",
                            "parallelism.schedule=interleaved",
                            "parallelism.virtual_stages=2",
                            "observe.trace={every: 1}",

@@ -392,7 +392,7 @@ TEST_CASE("memory of a tiny model, worked out by hand") {
 }
 
 TEST_CASE("predicted activations are those that the schedule's replay counts") {
-  for (const char* schedule : {"gpipe", "1f1b"})
+  for (const char* schedule : {"gpipe", "1f1b", "zb-h1"})
     for (int stages = 1; stages <= 6; ++stages)
       for (int replicas : {1, 2, 3, 8}) {
         const job_spec spec = tiny(4, 8);

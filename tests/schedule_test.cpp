@@ -61,7 +61,41 @@ TEST_CASE("gpipe of two stages, as drawn by hand") {
   CHECK(text(table[1]) == "ra0 F0 ra1 F1 B0 sg0 W0 B1 sg1 W1 reduce step");
 }
 
+TEST_CASE("zb-h1 of two stages, as drawn by hand") {
+  const schedule_table table = make("zb-h1", 2, 3);
+  CHECK(text(table[0]) == "F0 sa0 F1 sa1 rg0 B0 W0 F2 sa2 rg1 B1 W1 rg2 B2 W2 reduce step");
+  CHECK(text(table[1]) == "ra0 F0 B0 sg0 ra1 F1 B1 sg1 W0 ra2 F2 B2 sg2 W1 W2 reduce step");
+}
+
+TEST_CASE("zb-h1 cuts the bubble of 1f1b, as published and as another simulator has it") {
+  // Makespans without a link, F = B = W: 3m + (p-1)(F+B-W) (Qi et al. 2023, table 2).
+  for (int p = 1; p <= 8; ++p)
+    for (int m = 2 * p; m <= 32; m += 5) {
+      CAPTURE(p);
+      CAPTURE(m);
+      auto zb = check_schedule(make("zb-h1", p, m), m);
+      REQUIRE(zb);
+      CHECK(zb->makespan == doctest::Approx(3.0 * m + (p - 1)));
+    }
+  // Bubbles in per cent with a link of 0.05, from a simulator written apart from this one.
+  const struct {
+    int p, m;
+    double link, bubble;
+  } rows[] = {{4, 8, 0.05, 13.0},
+              {4, 16, 0.05, 7.0},
+              {4, 32, 0.05, 3.6},
+              {8, 32, 0.05, 8.0},
+              {4, 16, 0.5, 15.8}};
+  for (const auto& row : rows) {
+    const std::vector<stage_times> equal(static_cast<std::size_t>(row.p));
+    auto facts = check_schedule(make("zb-h1", row.p, row.m), row.m, equal, row.link);
+    REQUIRE(facts);
+    CHECK(std::abs(facts->bubble * 100 - row.bubble) < 0.06);
+  }
+}
+
 TEST_CASE("a single stage sends nothing") {
+  CHECK(text(make("zb-h1", 1, 2)[0]) == "F0 B0 W0 F1 B1 W1 reduce step");
   CHECK(text(make("gpipe", 1, 2)[0]) == "F0 F1 B0 W0 B1 W1 reduce step");
   CHECK(text(make("1f1b", 1, 2)[0]) == "F0 B0 W0 F1 B1 W1 reduce step");
 }
@@ -69,15 +103,19 @@ TEST_CASE("a single stage sends nothing") {
 TEST_CASE("every table passes, and keeps the activations that its schedule is known for") {
   for (int stages = 1; stages <= 8; ++stages)
     for (int microbatches = 1; microbatches <= 16; ++microbatches)
-      for (const std::string schedule : {"gpipe", "1f1b"}) {
+      for (const std::string schedule : {"gpipe", "1f1b", "zb-h1"}) {
         CAPTURE(schedule);
         CAPTURE(stages);
         CAPTURE(microbatches);
         auto facts = check_schedule(make(schedule, stages, microbatches), microbatches);
         REQUIRE(facts);
-        for (int s = 0; s < stages; ++s)
-          CHECK(facts->live_microbatches_max[static_cast<std::size_t>(s)] ==
-                (schedule == "gpipe" ? microbatches : std::min(stages - s, microbatches)));
+        for (int s = 0; s < stages; ++s) {
+          const int kept = schedule == "gpipe"  ? microbatches
+                           : schedule == "1f1b" ? std::min(stages - s, microbatches)
+                                                : std::min(stages, microbatches);
+          CHECK(facts->live_microbatches_max[static_cast<std::size_t>(s)] == kept);
+          CHECK(live_microbatches(schedule, stages, s, microbatches) == kept);
+        }
       }
 }
 
@@ -227,7 +265,7 @@ TEST_CASE("planted errors are found") {
 TEST_CASE("dropping, doubling or exchanging any one instruction is found") {
   // Exchanges of neighbours that are harmless (a send and an independent computation) are not
   // errors.
-  for (const char* schedule : {"gpipe", "1f1b"}) {
+  for (const char* schedule : {"gpipe", "1f1b", "zb-h1", "zb:4.1,3.0,1.2"}) {
     const schedule_table good = make(schedule, 3, 4);
     for (std::size_t s = 0; s < good.size(); ++s)
       for (std::size_t i = 0; i < good[s].size(); ++i) {
@@ -265,6 +303,75 @@ TEST_CASE("a late weight gradient shows as more live activations than 1f1b claim
   auto claimed = check_schedule(make("1f1b", 1, 2), 2);
   REQUIRE(claimed);
   CHECK(claimed->live_microbatches_max == std::vector<int>{1});
+}
+
+TEST_CASE("a member of the family is its rhythm, stage by stage") {
+  CHECK(text(make("zb:2.0,1.1", 2, 3)[0]) == text(make("zb-h1", 2, 3)[0]));
+  CHECK(text(make("zb:2.0,1.1", 2, 3)[1]) == text(make("zb-h1", 2, 3)[1]));
+  CHECK(make("zb:3.0,2.0,1.0", 3, 5) == make("1f1b", 3, 5));
+  CHECK(schedule_name({{2, 0}, {1, 1}}) == "zb:2.0,1.1");
+  for (int w = 1; w <= 4; ++w)
+    for (int d = 0; d <= 3; ++d)
+      for (int m = 1; m <= 6; ++m) {
+        const std::string name = schedule_name({{w, d}});
+        auto facts = check_schedule(make(name, 1, m), m);
+        REQUIRE(facts);
+        CHECK(facts->live_microbatches_max[0] == live_microbatches(name, 1, 0, m));
+      }
+  for (const char* wrong : {"zb:", "zb:2", "zb:2.", "zb:.1", "zb:2.0", "zb:2.0,1.1,",
+                            "zb:2.0,1.1,1.1", "zb:0.0,1.0", "zb:2.-1,1.0", "zb:2.0 ,1.0",
+                            "zb:9999999999.0,1.0", "zb:2.0,1.1x", "zb", "zb:2000000.0,1.0"}) {
+    CAPTURE(wrong);
+    CHECK(!check_schedule_name(wrong, 2));
+    CHECK(!make_schedule(wrong, 2, 4));
+  }
+}
+
+TEST_CASE("the search finds zb-h1 or better within what may be kept") {
+  const auto bubble = [](const std::string& name, const std::vector<stage_times>& times, int m,
+                         double link) {
+    auto facts = check_schedule(make(name, static_cast<int>(times.size()), m), m, times, link);
+    REQUIRE(facts);
+    return facts->makespan;
+  };
+  const auto scaled = [](std::initializer_list<double> by) {
+    std::vector<stage_times> times;
+    for (const double x : by) times.push_back({x, x, x});
+    return times;
+  };
+  const std::vector<std::vector<stage_times>> cases{
+      scaled({1, 1, 1, 1}),
+      scaled({1, 1, 1, 1.5}),
+      scaled({0.9, 1.1, 0.8, 1.2}),
+      scaled({1, 1, 1.5, 1}),
+      {{1, 1.3, 0.8}, {2, 2.5, 1.2}, {1, 1, 1}, {1.5, 2, 2}}};
+  for (const auto& times : cases)
+    for (const double link : {0.05, 0.5}) {
+      CAPTURE(link);
+      auto found = search_schedule(16, times, link, {4, 4, 4, 4});
+      REQUIRE(found);
+      CAPTURE(found->name);
+      CHECK(found->facts.makespan <= bubble("zb-h1", times, 16, link) + 1e-9);
+      CHECK(found->facts.makespan == doctest::Approx(bubble(found->name, times, 16, link)));
+      for (int s = 0; s < 4; ++s) CHECK(live_microbatches(found->name, 4, s, 16) <= 4);
+      // Twice the memory lets it hide a slow link.
+      auto roomy = search_schedule(16, times, link, {8, 8, 8, 8});
+      REQUIRE(roomy);
+      CHECK(roomy->facts.makespan <= found->facts.makespan + 1e-9);
+      // As little memory as 1F1B takes gives 1F1B at the least.
+      auto tight = search_schedule(16, times, link, {4, 3, 2, 1});
+      REQUIRE(tight);
+      CHECK(tight->facts.makespan <= bubble("1f1b", times, 16, link) + 1e-9);
+    }
+  auto slow_link = search_schedule(16, scaled({1, 1, 1, 1}), 0.5, {8, 8, 8, 8});
+  REQUIRE(slow_link);
+  CHECK(slow_link->facts.makespan < 0.95 * bubble("zb-h1", scaled({1, 1, 1, 1}), 16, 0.5));
+  auto least = search_schedule(4, scaled({1, 1}), 0, {1, 1});
+  REQUIRE(least);
+  CHECK(least->name == "zb:1.0,1.0");
+  CHECK(!search_schedule(4, scaled({1, 1}), 0, {1}));
+  CHECK(!search_schedule(4, scaled({1, 1}), 0, {1, 0}));
+  CHECK(!search_schedule(0, scaled({1, 1}), 0, {1, 1}));
 }
 
 TEST_CASE("an impossible schedule is refused by name") {

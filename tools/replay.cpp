@@ -26,7 +26,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 struct replay_flags {
-  std::string job, steps, state, schedule = "1f1b";
+  std::string job, steps, state, schedule = "zb-h1";
   int workers = 0, stages = 0, replicas = 0, threads = 0;
 };
 
@@ -354,8 +354,8 @@ void add_replay(command_line c) {
       ->check(CLI::Range(1, 64));
   app->add_option("--stages", own->stages, "pipeline stages among them")->check(CLI::Range(1, 64));
   app->add_option("--replicas", own->replicas, "pipelines among them")->check(CLI::Range(1, 64));
-  app->add_option("--schedule", own->schedule, "1f1b or gpipe")
-      ->check(CLI::IsMember({"1f1b", "gpipe"}));
+  app->add_option("--schedule", own->schedule, "zb-h1, 1f1b or gpipe")
+      ->check(CLI::IsMember({"zb-h1", "1f1b", "gpipe"}));
   app->add_option("--threads", own->threads, "compute threads of each (default: cores / workers)")
       ->check(CLI::Range(1, 1024));
   add_state_option(app, own->state);
