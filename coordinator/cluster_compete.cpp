@@ -48,6 +48,7 @@ void cluster_machine::place() {
   starts_.clear();
   waits_.clear();
   positions_.clear();
+  review_promises();
   const std::vector<job_id> order = queue();
   for (const job_id id : order) {
     if (!jobs_.at(id).is_waiting()) {
@@ -78,8 +79,9 @@ void cluster_machine::start_or_claim(job_id id) {
   std::map<std::string, pool> all = pools(job);
   if (std::vector<worker_id> free = largest_pool(job); lacks(free.size()) <= 0) {
     // What is kept for another only where it must be.
-    std::stable_partition(free.begin(), free.end(),
-                          [this](worker_id w) { return claims_.count(w) == 0; });
+    std::stable_partition(free.begin(), free.end(), [this, id](worker_id w) {
+      return claims_.count(w) == 0 && !is_promised_against(w, id);
+    });
     starts_[id] = {free.begin(), free.begin() + least};
     positions_.erase(id);
     return;
@@ -100,9 +102,11 @@ void cluster_machine::start_or_claim(job_id id) {
           choose_victims(id, device_class, lacks(theirs.size()), only_ready);
       if (victims.empty()) continue;
       claim_for(id, theirs, hold_kind::for_start);
-      if (only_ready) return preempt(id, victims);
-      // Before the guard is over nobody is told, but nobody else begins on these workers either:
-      // else short jobs could take turns and it would never find enough of them past their guard.
+      if (only_ready) return preempt(id, theirs, victims);
+      // Before the guard is over nobody is told, but nobody else begins on these workers, or takes
+      // them from their jobs, either: else short jobs could take turns and it would never find
+      // enough of them past their guard.
+      for (const victim& v : victims) claim_for(id, v.workers, hold_kind::for_start);
       const job_machine& first = jobs_.at(victims.front().job);
       waits_[id] = fmt::format(
           "until {} may give workers to it (they run at least {} s, and change one thing at a "
@@ -143,6 +147,7 @@ void cluster_machine::start_waiting_jobs() {
     for (const auto& [worker, w] : workers_) {
       if (static_cast<int>(workers.size()) >= most) break;
       const bool is_left = is_free(w) && taken.count(worker) == 0 && claims_.count(worker) == 0 &&
+                           !is_promised_against(worker, id) &&
                            w.greeting.device_class == device_class && unsuited(w, job).empty();
       if (!is_left) continue;
       workers.push_back(worker);
@@ -166,7 +171,8 @@ void cluster_machine::replace_lost(job_id id) {
       members.empty() ? std::string() : workers_.at(members.front()).greeting.device_class;
   std::vector<worker_id> unclaimed, kept;
   for (const worker_id w : members.empty() ? largest_pool(job) : all_pools[device_class].free) {
-    (claims_.count(w) == 0 ? unclaimed : kept).push_back(w);
+    const bool is_kept = claims_.count(w) != 0 || is_promised_against(w, id);
+    (is_kept ? kept : unclaimed).push_back(w);
   }
   const int lost = job.missing_count() - static_cast<int>(unclaimed.size());
   std::vector<worker_id> usable = unclaimed;
@@ -186,7 +192,9 @@ void cluster_machine::grow(job_id id) {
   const job_machine& job = jobs_.at(id);
   if (!job.wish(limits::worker_count_max).is_growth) return;
   std::vector<worker_id> free = largest_pool(job);
-  std::erase_if(free, [this](worker_id w) { return claims_.count(w) != 0; });
+  std::erase_if(free, [this, id](worker_id w) {
+    return claims_.count(w) != 0 || is_promised_against(w, id);
+  });
   const worker_wish wish = job.wish(static_cast<int>(free.size()));
   if (!wish.is_growth || free.empty()) return;
   if (static_cast<int>(free.size()) > wish.most) free.resize(static_cast<std::size_t>(wish.most));
@@ -198,6 +206,7 @@ void cluster_machine::give(job_id id, const std::vector<worker_id>& workers) {
   for (const worker_id w : workers) {
     if (workers_.at(w).audit) end_patrol(workers_.at(w));
     workers_.at(w).job = id;
+    promised_.erase(w);
     given.workers.push_back(facts_of(workers_.at(w)));
   }
   tell(id, given);
@@ -205,13 +214,64 @@ void cluster_machine::give(job_id id, const std::vector<worker_id>& workers) {
 
 // ---- what is there for a job ----
 void cluster_machine::claim_for(job_id id, const std::vector<worker_id>& workers, hold_kind kind) {
-  for (const worker_id w : workers) claims_[w] = {id, jobs_.at(id).priority(), kind};
+  for (const worker_id w : workers) {
+    // What was taken from others for a job is no longer there for a later one.
+    if (kind == hold_kind::for_later && is_promised_against(w, id)) continue;
+    claims_[w] = {id, jobs_.at(id).priority(), kind};
+  }
+}
+
+/// Else a running job that grows, or a gang that can't start and whose waiting lets it rise past,
+/// would have what was taken for this one, and the taking was in vain.
+void cluster_machine::promise(job_id id, std::vector<worker_id> there,
+                              const std::vector<victim>& victims) {
+  for (const victim& v : victims) {
+    const std::vector<worker_id> yielded = jobs_.at(v.job).yielding();
+    int count = 0;
+    for (const worker_id w : v.workers) {
+      const bool comes = has(yielded, w) || workers_.at(w).job == job_id{};
+      if (comes && count++ < v.count) there.push_back(w);
+    }
+  }
+  for (const worker_id w : there) promised_[w] = id;
+}
+
+/// A promise ends when its job starts, ends or is paused, or can't start any more with what is left
+/// of it: then all is seen anew.
+void cluster_machine::review_promises() {
+  std::map<job_id, int> counts;
+  std::erase_if(promised_, [this, &counts](const auto& p) {
+    const auto job = jobs_.find(p.second);
+    const auto w = workers_.find(p.first);
+    if (job == jobs_.end() || !job->second.is_waiting() || w == workers_.end()) return true;
+    const worker& x = w->second;
+    const bool is_there = x.connection != connection_id{} && !x.record.is_drained && !x.is_lost &&
+                          unsuited(x, job->second).empty();
+    const bool comes =
+        x.job == job_id{} || (jobs_.count(x.job) != 0 && has(jobs_.at(x.job).yielding(), p.first));
+    if (!is_there || !comes) return true;
+    ++counts[p.second];
+    return false;
+  });
+  std::erase_if(promised_, [this, &counts](const auto& p) {
+    const int least = std::max(1, jobs_.at(p.second).wish(limits::worker_count_max).least);
+    return counts[p.second] < least;
+  });
+}
+
+bool cluster_machine::is_promised_against(worker_id w, job_id id) const {
+  const auto found = promised_.find(w);
+  return found != promised_.end() && found->second != id;
 }
 
 /// May a job not have this worker? A claim for later yields to whoever could be made to give back.
 bool cluster_machine::is_claimed_against(worker_id w, const job_machine& job) const {
   for (const auto& [id, workers] : starts_) {
     if (has(workers, w)) return true;
+  }
+  // Whose priority is higher could take it from the one that has the promise, once that runs.
+  if (is_promised_against(w, job.id()) && job.priority() <= rank(jobs_.at(promised_.at(w)))) {
+    return true;
   }
   const auto found = claims_.find(w);
   if (found == claims_.end()) return false;
@@ -321,7 +381,8 @@ std::vector<cluster_machine::victim> cluster_machine::choose_victims(
   return candidates;
 }
 
-void cluster_machine::preempt(job_id id, const std::vector<victim>& victims) {
+void cluster_machine::preempt(job_id id, const std::vector<worker_id>& there,
+                              const std::vector<victim>& victims) {
   const job_machine& job = jobs_.at(id);
   const std::string to = fmt::format("{} ({})", job.record().spec.name, described(job));
   std::string from;
@@ -342,6 +403,7 @@ void cluster_machine::preempt(job_id id, const std::vector<victim>& victims) {
       tell(v.job, job_events::give_back{v.count, {v.workers.begin(), v.workers.end()}, to});
     }
   }
+  promise(id, there, victims);
 }
 
 // ---- views ----

@@ -9,9 +9,10 @@
 // Queue (cluster_compete.cpp): by rank, then age. Rank is priority, and a level more for each
 // fairness::age_step that the job is owed: what it has waited, less what it has run since. A job
 // starts with all of its minimum or not at all. One that does not fit takes from jobs below it, and
-// only if it fits then: first their workers beyond their minimum, then all of theirs. What it can't
-// have yet is kept for it; until it can, only jobs that would give the workers back start on them.
-// A running job grows only when nobody waits for the workers.
+// only if it fits then: first their workers beyond their minimum, then all of theirs. These are its
+// own until it starts; only a job of a higher priority may have them. What it can't have yet is
+// kept for it; until it can, only jobs that would give the workers back start on them. A running
+// job grows only when nobody waits for the workers.
 #pragma once
 
 #include <cstdint>
@@ -216,13 +217,16 @@ class cluster_machine {
   void grow(job_id id);
   void give(job_id id, const std::vector<worker_id>& workers);
   void claim_for(job_id id, const std::vector<worker_id>& workers, hold_kind kind);
+  void promise(job_id id, std::vector<worker_id> there, const std::vector<victim>& victims);
+  void review_promises();
+  bool is_promised_against(worker_id w, job_id id) const;
   bool is_claimed_against(worker_id w, const job_machine& job) const;
   std::map<std::string, pool> pools(const job_machine& job) const;
   std::vector<worker_id> largest_pool(const job_machine& job) const;
   std::vector<victim> jobs_below(job_id id, const std::string& device_class, bool only_ready) const;
   std::vector<victim> choose_victims(job_id id, const std::string& device_class, int missing,
                                      bool only_ready) const;
-  void preempt(job_id id, const std::vector<victim>& victims);
+  void preempt(job_id id, const std::vector<worker_id>& there, const std::vector<victim>& victims);
   int reachable(const job_machine& job, const std::string& device_class) const;
   std::vector<job_id> queue() const;
   std::int64_t rank(const job_machine& job) const;
@@ -258,6 +262,8 @@ class cluster_machine {
   fairness shares_;
   // As of the newest placement; who waits for what.
   std::map<worker_id, claim> claims_;
+  // For whom workers were taken from others, or are kept with those: theirs until it starts.
+  std::map<worker_id, job_id> promised_;
   std::map<job_id, std::vector<worker_id>> starts_;  // being put together in this placement
   std::map<job_id, std::string> waits_;
   std::map<job_id, int> positions_;

@@ -304,3 +304,59 @@ TEST_CASE("a changed priority survives a restart of the coordinator") {
   CHECK(cluster_machine(rows).job(job)->priority == 9);
   CHECK(rows.jobs[job].record.spec.priority == 3);  // part of what the job is
 }
+
+TEST_CASE("what was taken for a job is not another's that runs and takes more") {
+  // Found by: stagecoach_sim --seed 38291.
+  bench b;
+  b.attach(2);
+  const job_id low = b.submit("low", 0, 2, 2);
+  b.attach(1);
+  const job_id high = b.submit("high", 5, 1, 3);
+  REQUIRE(b.state_of(high) == "RUNNING");
+  b.tick(11'000);
+  const job_id middle = b.submit("middle", 1, 2, 2);
+  REQUIRE(b.count("preemption_ordered") == 1);
+  // It is between two generations, and would use two more workers.
+  b.say(w(3), failed{value(high), 1, to_string(errc::unreachable), "a link broke", false});
+  b.hold(low, 8);
+  CHECK(b.workers_of(high) == 1);
+  CHECK(b.state_of(middle) == "RUNNING");
+}
+
+TEST_CASE("what was taken for a job is not kept for a gang that its waiting lets rise past") {
+  // Found by: stagecoach_sim --seed 38360.
+  bench b;
+  b.attach(4);
+  const job_id low = b.submit("low", 2, 1, 4);
+  b.tick(11'000);
+  const job_id gang = b.submit("gang", 1, 4, 4);
+  b.tick(199'000);
+  const job_id small = b.submit("small", 3, 1, 1);
+  REQUIRE(b.count("shrink_ordered") == 1);
+  b.tick(3'000);
+  REQUIRE(b.machine.job(gang)->queue == 1);
+  CHECK(b.count("yield_withdrawn") == 0);
+  b.hold(low, 7);
+  CHECK(b.state_of(small) == "RUNNING");
+}
+
+TEST_CASE("a job whose workers a higher one waits to take is no lower one's victim") {
+  // Found by: stagecoach_sim --seed 6404.
+  bench b;
+  b.attach(4);
+  const job_id elastic = b.submit("elastic", 0, 1, 3);
+  b.submit("other", 0, 1, 1);
+  b.tick(11'000);
+  b.submit("small", 1, 1, 1);
+  REQUIRE(b.count("shrink_ordered") == 1);
+  b.submit("high", 2, 4, 4);
+  b.hold(elastic, 7);
+  b.tick(1'000);
+  const auto took_for = [&b](const char* name) {
+    return std::count_if(b.notes.begin(), b.notes.end(), [name](const event_record& n) {
+      return n.kind == "preemption" && n.fields.at("name") == name;
+    });
+  };
+  CHECK(took_for("high") == 1);
+  CHECK(took_for("small") == 1);
+}
