@@ -169,6 +169,9 @@ void job_machine::fail_feed(const std::string& why) {
 /// drains is needed still.
 bool job_machine::decide_fed(const std::vector<member*>& answered) {
   if (wait_step_ == 0) return false;
+  // Late parts of a generation that is gone made a later step durable: the run need not do again
+  // what lies between.
+  if (newest_saved().value_or(0) > wait_step_) return false;
   std::vector<candidate> candidates;
   for (const member* m : answered) {
     if (!m->is_draining) candidates.push_back({m->facts.id, trusted(*m), m->facts.link_host});

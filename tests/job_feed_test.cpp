@@ -77,6 +77,20 @@ TEST_CASE("a joiner is fed all that its seat needs while the run goes on") {
   CHECK(commits[0].second.transfers.empty());
 }
 
+TEST_CASE("late parts made a later step durable than the one that is held: it goes on from there") {
+  // Found by: stagecoach_sim --seed 13037.
+  growing g;
+  g.links_stand();
+  REQUIRE(sent<give_order>(g.is_fed(14)).size() == 1);
+  g.b.save_step(40, 1040);
+  REQUIRE(sent<prepare>(g.b.say(1, held{1, 1, 15})).size() == 2);
+  const auto all = stage_tensor_names(g.order.spec.model, 0, 4);
+  g.b.answer(1, 2, 15, all);
+  const auto decided = g.b.answer(2, 2, 15, all);
+  CHECK(sent<commit>(decided).empty());
+  CHECK(all_of<actions::find_checkpoint>(decided).size() == 1);
+}
+
 TEST_CASE("a feed that fails costs nothing: again, and after three times by holding and copying") {
   growing g;
   for (int i = 1; i <= 3; ++i) {
