@@ -255,6 +255,7 @@ class cluster {
   std::set<std::string> island_;                   // cut off from the others and the coordinator
   std::map<std::pair<std::uint64_t, std::uint64_t>, std::set<int>> ready_;  // (job, hash): ranks
   std::set<std::uint64_t> shared_;  // jobs for which a deputy decided
+  std::set<std::uint64_t> let_go_;  // a deputy stood, and no member of it has greeted since
   std::map<std::uint64_t, std::uint64_t> completed_;
   std::map<std::uint64_t, plan> newest_plans_;  // by job, as sent
   std::map<std::uint64_t, plan> stored_plans_;

@@ -98,12 +98,13 @@ void cluster::check_record(const job_record& record) {
     const auto step = newest_held(job, held);
     const auto& durable = durable_[job];
     const std::uint64_t saved = durable.empty() ? 0 : *durable.rbegin();
-    // Decided before the coordinator slept, and a deputy has let them go on since: taken back when
-    // they greet.
-    const bool has_deputy = std::any_of(processes_.begin(), processes_.end(), [job](const auto& p) {
-      return p.second->is_alive && p.second->machine->is_deputy() &&
-             p.second->machine->job() == job;
-    });
+    // Decided before the coordinator slept, and a deputy has let them go on since, though it may
+    // stand no more: taken back when they greet.
+    const bool has_deputy = let_go_.count(job) != 0 ||
+                            std::any_of(processes_.begin(), processes_.end(), [job](const auto& p) {
+                              return p.second->is_alive && p.second->machine->is_deputy() &&
+                                     p.second->machine->job() == job;
+                            });
     if (held.size() == newest.members.size() && step && *step > saved && !is_shared(job) &&
         !has_deputy)
       violate("job {} is paused at step {}, durable is step {}", job, *step, saved);
@@ -270,6 +271,7 @@ void cluster::check_commit(const coordinator_ptr& by, const commit& c) {
   check_size(c);
   applied_[job] = c.step;  // that it is not less than it must be was judged above
   shared_.erase(job);      // its members are the coordinator's again
+  let_go_.erase(job);
   newest_plans_[job] = c.shape;
   a.is_committed = true;
   std::erase_if(seat_, [job](const auto& seat) { return seat.second == job; });
@@ -366,7 +368,9 @@ void cluster::heard(const std::shared_ptr<connection>& c, const to_coordinator& 
     auto& known = c->whom->reported[job];
     known = std::max(known, step);
   };
-  if (const auto* x = std::get_if<prepared>(&message)) {
+  if (const auto* n = std::get_if<hello>(&message)) {
+    if (c->whom == coordinator_) let_go_.erase(n->job);
+  } else if (const auto* x = std::get_if<prepared>(&message)) {
     asked_[{x->job, x->number}].answers[p->id] = *x;
   } else if (const auto* b = std::get_if<beat>(&message)) {
     reported(b->job, b->generation, b->step);

@@ -79,7 +79,9 @@ void cluster::step_worker(const process_ptr& p, const worker_event& e) {
       const event_record& r = n->record;
       say("   [{}] {} as deputy: {}: {}", value(r.job), p->name, r.kind, r.text);
       if (r.kind == "divergence") violate("divergence: {}", r.text);
-      if (r.kind == "deputy_stands") ++result_.deputies;
+      if (r.kind != "deputy_stands") continue;
+      ++result_.deputies;
+      let_go_.insert(value(r.job));
     }
   }
 }
