@@ -58,6 +58,7 @@ job_machine::member& job_machine::join(worker_id worker, const hello& h) {
       if (plan_members[rank].worker == worker) m.rank = static_cast<int>(rank);
     }
   }
+  m.is_left_behind = m.rank < 0 && sought_.count(worker) + missed_.count(worker) != 0;
   sought_.erase(worker);
   missed_.erase(worker);
   claimants_.erase(worker);

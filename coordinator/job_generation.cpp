@@ -20,6 +20,7 @@ void job_machine::lose(const std::map<worker_id, std::string>& lost, bool are_ho
     if (found == members_.end()) continue;
     const member& m = found->second;
     const bool is_in_plan = m.rank >= 0;
+    const bool may_hold = is_in_plan || m.is_left_behind;
     breaks_generation =
         breaks_generation || (is_in_plan && (is_committed() || phase_ == phase::adopting));
     last = fmt::format("worker_lost {}", m.facts.name);
@@ -32,7 +33,7 @@ void job_machine::lose(const std::map<worker_id, std::string>& lost, bool are_ho
     const std::string verdict = verdict_on(worker);
     const bool is_said_dead =
         verdict.empty() ? !m.is_connected && !m.lost_by.empty() : verdict == "gone";
-    if (is_in_plan && !are_hopeless && !is_distrusted(worker)) {
+    if (may_hold && !are_hopeless && !is_distrusted(worker)) {
       missed_.insert(worker);
       if (!is_said_dead) sought_.insert(worker);
     } else if (m.is_connected) {
@@ -109,6 +110,7 @@ void job_machine::start_preparing(const std::string& reason, std::uint64_t wait_
   for (auto& [worker, m] : members_) {
     m.loaded.reset();
     m.is_held = m.is_finished = m.is_astray = m.is_report_due = false;
+    m.first_asked_ms = -1;
     ask(m);
   }
 }
@@ -116,6 +118,7 @@ void job_machine::start_preparing(const std::string& reason, std::uint64_t wait_
 void job_machine::ask(member& m) {
   m.answer.reset();
   m.asked_ms = now_ms_;
+  if (m.first_asked_ms < 0) m.first_asked_ms = now_ms_;
   if (m.is_connected)
     send(m.facts.id, prepare{value(id()), number_, "", wait_step_, record_.distrusted});
 }
@@ -127,7 +130,8 @@ void job_machine::consider_decision() {
     if (m.answer) {
       answered.push_back(&m);
       has_state = has_state || m.answer->has_state;
-    } else if (now_ms_ - m.asked_ms < rules_.prepare_wait) {
+    } else if (now_ms_ - m.asked_ms < rules_.prepare_wait &&
+               now_ms_ - m.first_asked_ms < rules_.minority_wait) {
       return;
     }
   }
@@ -225,6 +229,10 @@ void job_machine::decide(const std::vector<member*>& answered) {
                                             step_max_, record_.distrusted});
     return enter(phase::finding);
   }
+  if (is_hopeful() && is_one_unheard()) {
+    waits_for_ = "a worker that lives is not heard; what it holds may be newer than what is saved";
+    return;
+  }
   if (found_) {
     if (is_held_back(found_->step)) return;
     c.source = source_kind::checkpoint;
@@ -247,16 +255,32 @@ void job_machine::decide(const std::vector<member*>& answered) {
   if (!is_held_back(0)) commit_generation(c);
 }
 
-/// Of the newest plan, not known to be dead, and without an answer to this prepare.
+/// Of the newest plan, or of one before it while the newest has not run, not known to be dead, and
+/// without an answer to this prepare.
 int job_machine::silent_count() const {
   const auto mute = std::count_if(members_.begin(), members_.end(), [](const auto& m) {
-    return m.second.rank >= 0 && !m.second.answer;
+    return (m.second.rank >= 0 || m.second.is_left_behind) && !m.second.answer;
   });
   return static_cast<int>(sought_.size()) + static_cast<int>(mute);
 }
 
 bool job_machine::is_hopeful() const {
   return silent_count() > 0 && now_ms_ - prepare_began_ms_ < rules_.minority_wait;
+}
+
+/// Silent here, but a witness reaches it, or has not answered yet: only its channel to this decider
+/// is lost. It may have gone on, further than anybody reported.
+bool job_machine::is_one_unheard() const {
+  const auto is_reached = [this](worker_id id) {
+    const auto q = inquiries_.find(id);
+    if (q == inquiries_.end()) return false;
+    const bool is_asked = q->second.asked_ms >= 0 && q->second.witness != worker_id{};
+    return q->second.verdict.empty() ? is_asked : q->second.verdict == "alive";
+  };
+  return std::any_of(sought_.begin(), sought_.end(), is_reached) ||
+         std::any_of(members_.begin(), members_.end(), [&is_reached](const auto& m) {
+           return m.second.rank >= 0 && !m.second.answer && is_reached(m.first);
+         });
 }
 
 /// A member that is silent, but not known to be dead, may stand at the newest step that was
@@ -368,6 +392,7 @@ void job_machine::commit_generation(const choice& c) {
   commit_ = std::move(x);
 
   for (auto& [worker, m] : members_) {
+    m.is_left_behind = (m.rank >= 0 || m.is_left_behind) && !m.answer;
     m.rank = -1;
     m.lost_by.clear();
     m.suspected_by.clear();
@@ -391,7 +416,7 @@ void job_machine::commit_generation(const choice& c) {
   missed_.clear();
   failed_feeds_ = 0;
   resumed_step_.reset();
-  reported_step_ = c.step;
+  reported_step_ = std::max(reported_step_, c.step);
   step_us_.clear();
   waits_for_.clear();
   enter(phase::loading);
@@ -477,6 +502,10 @@ void job_machine::consider_running() {
     release(worker, why, m.is_mute);
   }
   enter(phase::running);
+  // Until now a newer step that was reported, and who may hold it, were worth a wait.
+  reported_step_ = generation_->step;
+  sought_.clear();
+  missed_.clear();
   if (running_since_ms_ < 0) running_since_ms_ = now_ms_;
   watch_.restart(now_ms_);
   keeps_size_ = false;

@@ -776,9 +776,7 @@ bool job_machine::expects(worker_id id) const {
   if (sought_.count(id) == 0 && missed_.count(id) == 0) return false;
   const bool can_join = phase_ == phase::adopting || phase_ == phase::backing_off ||
                         phase_ == phase::preparing || phase_ == phase::finding;
-  const auto& members = generation_->shape.members;
-  return can_join && std::any_of(members.begin(), members.end(),
-                                 [id](const plan_member& m) { return m.worker == id; });
+  return can_join;
 }
 
 job_view job_machine::view() const {

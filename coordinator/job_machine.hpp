@@ -417,8 +417,9 @@ class job_machine {
     std::int64_t disconnected_ms = 0;
     std::string disconnected_why;
     std::int64_t heard_ms = 0;
-    std::int64_t asked_ms = 0;  // prepare was sent, or would have been if it were connected
-    int rank = -1;              // in the newest committed plan; -1: not in it
+    std::int64_t asked_ms = 0;         // prepare was sent, or would have been if it were connected
+    std::int64_t first_asked_ms = -1;  // for number_; it is asked again whenever it greets
+    int rank = -1;                     // in the newest committed plan; -1: not in it
     bool is_draining = false;
     bool is_leaving = false;  // given back to a job that waits
     worker_phase phase = worker_phase::idle;
@@ -427,9 +428,10 @@ class job_machine {
     std::optional<ready> loaded;     // for the newest plan
     bool is_held = false, is_finished = false;
     std::string finished_hash;
-    bool is_mute = false;        // did not answer the prepare of the newest plan
-    bool is_astray = false;      // came back without our generation
-    bool is_report_due = false;  // it holds a newer plan than ours; its next word says which
+    bool is_mute = false;         // did not answer the prepare of the newest plan
+    bool is_left_behind = false;  // mute, and of a plan before: it may hold a newer step
+    bool is_astray = false;       // came back without our generation
+    bool is_report_due = false;   // it holds a newer plan than ours; its next word says which
     std::uint64_t generation = 0, hash = 0;                   // of the plan that its greeting named
     std::map<worker_id, std::int64_t> lost_by, suspected_by;  // who says so, since when
     std::optional<beat> pulse;                                // its newest of this generation
@@ -547,6 +549,7 @@ class job_machine {
   int silent_count() const;
   bool is_hopeful() const;  // a silent one is still worth the wait
   bool decide_fed(const std::vector<member*>& answered);
+  bool is_one_unheard() const;
   bool is_held_back(std::uint64_t step);
   void commit_generation(const choice& c);
   void send_commit(const member& m);

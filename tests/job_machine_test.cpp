@@ -204,6 +204,141 @@ TEST_CASE("a silent member that may stand at a newer step is waited for, a dead 
   }
 }
 
+TEST_CASE("who did not answer the plan before is waited for while that plan has not run") {
+  // Found by: stagecoach_sim --seed 29879.
+  job_spec s = small_spec(1, 2);
+  s.parallelism.is_explicit = true;
+  s.parallelism.stages = 1;
+  s.parallelism.replicas = 2;
+  bench b(s);
+  b.start();
+  b.save_step(10, 1010);
+  b.progress_to(20);
+  const auto all = stage_tensor_names(s.model, 0, 4);
+  failed link{1, 1, to_string(errc::unreachable), "a link broke", false};
+  b.say(1, link);
+  b.tick(300);
+  b.answer(1, 2, 20, all);
+  REQUIRE(sent<commit>(b.tick(2'100)).size() == 1);  // without 2, which holds step 20 as well
+  b.step(job_events::worker_gone{w(1), "killed"});
+  b.give({3});
+  b.answer(3, 3);
+  const auto finds = all_of<actions::find_checkpoint>(b.tick(2'100));
+  REQUIRE(finds.size() == 1);
+  checkpoint_facts facts;
+  facts.step = 10;
+  facts.chain = 1010;
+  CHECK(sent<commit>(b.step(checkpoint_found{static_cast<job_id>(1), finds[0].request, facts, {}}))
+            .empty());
+  const auto commits = sent<commit>(b.answer(2, 3, 20, all));
+  REQUIRE_FALSE(commits.empty());
+  CHECK(commits[0].second.step == 20);
+}
+
+TEST_CASE("a step that was reported is worth a wait until a generation below it runs") {
+  // Found by: stagecoach_sim --seed 23661.
+  bench b(two_stages());
+  b.start();
+  b.save_step(21, 1021);
+  b.progress_to(25);
+  const auto stays = b.worker_at(1), goes = b.worker_at(0);
+  b.step(job_events::worker_gone{w(goes), "killed"});
+  b.give({3});
+  b.answer(3, 2);
+  auto finds = all_of<actions::find_checkpoint>(b.answer(stays, 2, 25, b.stage(1)));
+  REQUIRE(finds.size() == 1);
+  checkpoint_facts facts;
+  facts.step = 21;
+  facts.chain = 1021;
+  const checkpoint_found found{static_cast<job_id>(1), finds[0].request, facts, {}};
+  REQUIRE(sent<commit>(b.step(found)).size() == 2);  // of 25 nobody has the first stage
+  b.step(job_events::worker_gone{w(3), "killed"});
+  b.give({4, 5});
+  b.answer(4, 3);
+  b.answer(5, 3);
+  finds = all_of<actions::find_checkpoint>(b.tick(2'100));
+  REQUIRE(finds.size() == 1);
+  const checkpoint_found again{static_cast<job_id>(1), finds[0].request, facts, {}};
+  CHECK(sent<commit>(b.step(again)).empty());  // who holds half of 25 is silent
+  CHECK(sent<commit>(b.answer(stays, 3, 25, b.stage(1))).size() == 2);
+}
+
+TEST_CASE("who lives and is not heard may have gone on, further than what is saved") {
+  // Found by: stagecoach_sim --seed 22160: on the other side of a cut, with a deputy.
+  const job_spec s = small_spec(1, 1);
+  bench b(s);
+  b.give({1});
+  b.answer(1, 1);
+  b.load(1);
+  b.progress_to(20);
+  b.save_step(20, 1020);
+  b.disconnect(1);
+  b.tick(3'000);
+  REQUIRE_FALSE(b.machine.has_worker(w(1)));
+  b.give({2});
+  checkpoint_facts facts;
+  facts.step = 20;
+  facts.chain = 1020;
+  const auto look = [&b, &facts] {
+    const auto finds = all_of<actions::find_checkpoint>(b.answer(2, 2));
+    REQUIRE(finds.size() == 1);
+    return b.step(checkpoint_found{static_cast<job_id>(1), finds[0].request, facts, {}});
+  };
+  SUBCASE("a witness reaches it, and it comes back") {
+    b.find(1, "alive");
+    CHECK(sent<commit>(look()).empty());
+    hello h;
+    h.name = "w1";
+    h.process = "p1";
+    h.job = h.generation = 1;
+    h.plan_hash = b.hash();
+    h.phase = static_cast<int>(worker_phase::running);
+    h.step = 30;
+    b.step(job_events::worker_connected{w(1), h});
+    const auto commits = sent<commit>(b.answer(1, 2, 30, stage_tensor_names(s.model, 0, 4)));
+    REQUIRE(commits.size() == 1);
+    CHECK(commits[0].second.step == 30);
+  }
+  SUBCASE("a witness reaches it, and it does not come") {
+    b.find(1, "alive");
+    CHECK(sent<commit>(look()).empty());
+    b.say(2, beat{});
+    CHECK(sent<commit>(b.tick(6'000)).empty());
+    b.say(2, beat{});
+    CHECK(sent<commit>(b.tick(5'000)).size() == 1);
+  }
+  SUBCASE("nobody reaches it: what was reported is what is saved") {
+    b.find(1, "silent");
+    CHECK(sent<commit>(look()).size() == 1);
+  }
+}
+
+TEST_CASE("who greets again and again and never answers does not hold up the decision for ever") {
+  job_spec s = small_spec(1, 2);
+  s.parallelism.is_explicit = true;
+  s.parallelism.stages = 1;
+  s.parallelism.replicas = 2;
+  bench b(s);
+  b.start();
+  b.progress_to(20);
+  b.say(1, failed{1, 1, to_string(errc::unreachable), "a link broke", false});
+  b.tick(300);
+  b.answer(1, 2, 20, stage_tensor_names(s.model, 0, 4));
+  hello h;
+  h.name = "w2";
+  h.process = "p2";
+  h.job = h.generation = 1;
+  h.plan_hash = b.hash();
+  h.step = 20;
+  std::size_t commits = 0;
+  for (int i = 0; i < 8 && commits == 0; ++i) {
+    b.say(1, beat{});
+    b.step(job_events::worker_connected{w(2), h});
+    commits += sent<commit>(b.tick(1'900)).size();
+  }
+  CHECK(commits == 1);
+}
+
 TEST_CASE("a checkpoint exists when all parts are in a manifest that is durable") {
   bench b(two_stages());
   b.start();
