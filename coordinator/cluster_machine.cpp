@@ -255,10 +255,12 @@ void cluster_machine::on(const events::worker_said& e) {
     sign.phase = static_cast<int>(worker_phase::running);
     (void)readmit(*w, sign);
   }
-  const bool is_part = std::holds_alternative<part_saved>(e.message) ||
-                       (w->job == job_id{} && std::holds_alternative<probed>(e.message));
+  // Of no matter whose: what it wrote or did while it was the job's.
+  const bool is_of_any = std::holds_alternative<part_saved>(e.message) ||
+                         std::holds_alternative<progress>(e.message) ||
+                         (w->job == job_id{} && std::holds_alternative<probed>(e.message));
   const bool is_known = jobs_.count(static_cast<job_id>(job)) != 0;
-  if (!is_known || (static_cast<job_id>(job) != w->job && !is_part)) {
+  if (!is_known || (static_cast<job_id>(job) != w->job && !is_of_any)) {
     ++dropped_messages_;
     return;
   }

@@ -134,6 +134,7 @@ void job_machine::forget_after(std::uint64_t step_max, actions::save& batch) {
   }
   chains_.erase(chains_.upper_bound(step_max), chains_.end());
   weights_hashes_.erase(weights_hashes_.upper_bound(step_max), weights_hashes_.end());
+  logged_.erase(logged_.upper_bound(step_max), logged_.end());
   reported_step_ = std::min(reported_step_, step_max);
   record_.step = std::min(record_.step, step_max);
   if (newest_report_.step > step_max) newest_report_ = {};

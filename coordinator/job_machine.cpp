@@ -15,6 +15,7 @@ namespace {
 // Chains of this many newest steps are kept to compare a redone step with its first report; a redo
 // goes back to the newest checkpoint at most, and those chains are kept in the index.
 constexpr std::size_t chain_count_max = 8192;
+constexpr std::size_t logged_count_max = 16'384;  // more than is said again after a break
 constexpr std::size_t step_us_count_max = 15;  // enough for a median, few enough to follow a change
 }  // namespace
 
@@ -202,6 +203,11 @@ void job_machine::on(const job_events::worker_said& e) {
     // Fenced by its content and not by who sends it: a part that was written counts for its step.
     if (const auto* part = std::get_if<part_saved>(&e.message)) {
       saved(*part, e.worker);
+      advance();
+    } else if (const auto* steps = std::get_if<progress>(&e.message)) {
+      member former;  // what it did as a member is logged, though its job has given it back
+      former.facts.name = fmt::format("w-{}", value(e.worker));
+      said(former, *steps);
       advance();
     } else if (const auto* answer = std::get_if<probed>(&e.message)) {
       this->found(e.worker, fmt::format("w-{}", value(e.worker)), *answer);
@@ -398,20 +404,27 @@ void job_machine::said(member& m, const progress& x) {
   for (const step_report& s : x.steps) {
     // A step that its generation began after is told again, for want of a report, and not redone.
     const bool is_retold = is_of_this && s.step <= generation_->step;
+    // Said again after a channel broke: it is in the log, and a later generation's may be by now.
+    const auto logged = logged_.find(s.step);
+    const bool is_known = logged != logged_.end() && logged->second >= x.generation;
     // Not by its chain: that of a step that was saved may be known before its report comes.
-    if (!is_retold && s.step <= newest_report_.step) ++redone_steps_;
-    if (!is_retold || s.step > told_) news.push_back(s);
+    if (!is_retold && !is_known && logged != logged_.end()) ++redone_steps_;
+    if (is_retold ? s.step > told_ : !is_known) {
+      news.push_back(s);
+      logged_[s.step] = x.generation;
+    }
     check_chain(s.step, s.chain, m.facts.name);
     if (s.step > 0) take_weights_hash(s.step - 1, s.weights_hash);
     if (is_retold || s.step == told_ + 1) told_ = std::max(told_, s.step);
     if (s.step > newest_report_.step) newest_report_ = s;
-    if (x.generation == number_ && !is_retold) step_us_.push_back(s.step_us);
+    if (x.generation == number_ && !is_retold && !is_known) step_us_.push_back(s.step_us);
     // Also while the next generation is prepared: it must not start below this one's late reports.
     const bool is_newest =
         x.generation == number_ || (x.generation == number_of_plan() && x.plan_hash == plan_hash_);
     if (is_newest) reported_step_ = std::max(reported_step_, s.step);
   }
   while (step_us_.size() > step_us_count_max) step_us_.pop_front();
+  while (logged_.size() > logged_count_max) logged_.erase(logged_.begin());
   if (is_of_this && !x.steps.empty() && x.steps.back().step > generation_->step) {
     for (const step_report& s : x.steps) note_switch(s);
     fruitless_count_ = 0;

@@ -680,6 +680,7 @@ class job_machine {
   std::uint64_t reported_step_ = 0;                // newest that anyone reported
   std::map<std::uint64_t, std::uint64_t> chains_;  // of the newest steps
   std::uint64_t told_ = 0;  // all steps up to it were reported, as far as can be had
+  std::map<std::uint64_t, std::uint64_t> logged_;  // newest steps in the log: by which generation
   std::map<std::uint64_t, pending_save> saves_;
   step_report newest_report_;
   std::deque<std::int64_t> step_us_;  // of this generation's newest steps

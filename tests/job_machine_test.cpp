@@ -411,6 +411,57 @@ TEST_CASE("a step that is reported again with another chain is a divergence") {
   CHECK(has_note(b.say(b.worker_at(0), p), "divergence"));
 }
 
+TEST_CASE("a step that its generation reports again is logged once and is no step done again") {
+  bench b(two_stages());
+  b.start();
+  const auto reported = [&b](std::vector<std::uint64_t> steps) {
+    progress p{1, b.machine.view().generation, b.hash(), {}};
+    for (const std::uint64_t step : steps) {
+      step_report r;
+      r.step = step;
+      r.chain = 1000 + step;
+      p.steps.push_back(r);
+    }
+    std::vector<std::uint64_t> logged;
+    for (const auto& s : all_of<actions::series>(b.say(b.worker_at(0), p))) {
+      for (const step_report& r : s.steps) logged.push_back(r.step);
+    }
+    return logged;
+  };
+  using steps = std::vector<std::uint64_t>;
+  CHECK(reported({1, 2, 3}) == steps{1, 2, 3});
+  CHECK(reported({2, 3, 4, 5}) == steps{4, 5});  // the channel broke: 4 was lost with it
+  CHECK(reported({7}) == steps{7});
+  CHECK(reported({5, 6, 7}) == steps{6});  // a hole is filled late
+  CHECK(b.machine.view().redone_steps == 0);
+  CHECK(b.machine.view().step == 7);
+  CHECK_FALSE(has_note(b.last, "divergence"));
+}
+
+TEST_CASE("what a worker did for a job that has given it back is still logged") {
+  bench b(two_stages());
+  b.start();
+  b.progress_to(7);
+  progress late{1, 1, b.hash(), {}};
+  for (const std::uint64_t step : {7, 8}) {
+    step_report r;
+    r.step = step;
+    r.chain = 1000 + step;
+    late.steps.push_back(r);
+  }
+  const std::uint64_t first = b.worker_at(0);
+  b.step(job_events::pause{});
+  b.say(1, held{1, 1, 8});
+  b.say(2, held{1, 1, 8});
+  b.save_step(8, 1008);
+  REQUIRE(b.machine.state() == job_state::paused);
+  const auto logged = all_of<actions::series>(b.say(first, late));
+  REQUIRE(logged.size() == 1);
+  REQUIRE(logged[0].steps.size() == 1);
+  CHECK(logged[0].steps[0].step == 8);
+  CHECK(b.machine.state() == job_state::paused);
+}
+
 TEST_CASE("steps that a dead rank 0 had not reported are told again by a survivor") {
   job_spec s = small_spec(1, 2);
   s.parallelism.is_explicit = true;

@@ -203,11 +203,73 @@ TEST_CASE("training goes on while the coordinator is away, and all is said on it
     b.step(worker_events::disconnected{"gone"});
     b.connect(2);
     CHECK(b.sent<part_saved>().size() == 1);
-    CHECK(b.sent<progress>().empty());
+    CHECK(b.sent<progress>().size() == 1);  // that channel may have lost it
     b.told(checkpoint_durable{1, 4});
     b.step(worker_events::disconnected{"gone"});
     b.connect(2);
     CHECK(b.sent<part_saved>().empty());
+  }
+}
+
+TEST_CASE("what was reported last before a channel broke is said again on the next") {
+  bench b;
+  b.run();
+  std::int64_t now_ms = 0;
+  const auto rest = [&](std::int64_t for_ms) {
+    for (const std::int64_t until_ms = now_ms + for_ms; now_ms < until_ms;)
+      b.step(worker_events::tick{now_ms += 100});
+  };
+  const auto does = [&](std::uint64_t step) {
+    progress p{1, 1, 0, {}};
+    p.steps.resize(1);
+    p.steps[0].step = step;
+    b.said(p);
+  };
+  const auto steps_sent = [&] {
+    std::vector<std::uint64_t> steps;
+    for (const progress& p : b.sent<progress>()) {
+      for (const step_report& s : p.steps) steps.push_back(s.step);
+    }
+    return steps;
+  };
+  using steps = std::vector<std::uint64_t>;
+  does(1);
+  rest(10'000);
+  does(2);
+  rest(6'000);
+  does(3);
+  CHECK(steps_sent() == steps{3});
+  b.step(worker_events::disconnected{"gone"});
+  does(4);
+  b.connect(2);
+  CHECK(steps_sent() == steps{2, 3, 4});  // 1 was said 16 s before the channel broke
+  SUBCASE("and again if that one breaks as well") {
+    does(5);
+    b.step(worker_events::disconnected{"gone"});
+    b.connect(2);
+    CHECK(steps_sent() == steps{2, 3, 4, 5});
+  }
+  SUBCASE("not if it stood for a while") {
+    rest(16'000);
+    b.step(worker_events::disconnected{"gone"});
+    b.connect(2);
+    CHECK(steps_sent().empty());
+  }
+  SUBCASE("a stop of this process is no time that went by") {
+    now_ms += 60'000;
+    rest(100);
+    b.step(worker_events::disconnected{"gone"});
+    b.connect(2);
+    CHECK(steps_sent() == steps{2, 3, 4});
+  }
+  SUBCASE("bounded") {
+    for (std::uint64_t step = 5; step < 5 + 2 * worker_machine::retold_steps_max; ++step)
+      does(step);
+    b.step(worker_events::disconnected{"gone"});
+    b.connect(2);
+    CHECK(steps_sent().size() == worker_machine::retold_steps_max);
+    CHECK(steps_sent().back() == 4 + 2 * worker_machine::retold_steps_max);
+    CHECK(b.machine.dropped_reports() == 0);
   }
 }
 

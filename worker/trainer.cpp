@@ -883,7 +883,7 @@ struct trainer::implementation {
 
   void retell(std::uint64_t after) {
     for (const step_report& r : recent)
-      if (r.step > after) unreported.push_back(r);
+      if (r.step > after && r.step <= state_step) unreported.push_back(r);
     flush_progress();
   }
 
@@ -1079,7 +1079,8 @@ struct trainer::implementation {
   fault_injection faults;
   std::string checkpoint_folder;
   std::vector<step_report> unreported;
-  std::deque<step_report> recent;  // consecutive, up to state_step
+  std::deque<step_report>
+      recent;  // by step; done again from state_step on, if it is below the last
   clock::time_point last_report_time{}, last_step_time{}, last_save_time{};
 
   std::mutex write_mutex;  // guards the save in progress

@@ -12,6 +12,8 @@ constexpr std::int64_t tick_gap_ms_max = 300;          // ticks come every 100 m
 // A second of a running trainer without an instruction done is rare; from then on beats come
 // closer, so that a stuck one is known at its bound and not up to a second later.
 constexpr std::int64_t odd_stand_ms = 1'000, odd_beat_ms = 200;
+// A channel on which nothing comes is given up after 10 s (control_options::idle).
+constexpr std::int64_t retold_ms_max = 15'000;
 }  // namespace
 
 worker_machine::worker_machine(worker_identity identity, deputy_rules rules)
@@ -25,8 +27,8 @@ std::vector<worker_action> worker_machine::step(const worker_event& e) {
 
 // ---- the control channel ----
 void worker_machine::on(const worker_events::connected& e) {
+  lose_channel();
   is_connected_ = true;
-  if (std::exchange(is_welcome_, false)) away_since_ms_ = free_since_ms_ = own_ms_;
   follow(e.step);
   say_hello();
 }
@@ -37,9 +39,20 @@ void worker_machine::say_hello() {
   send(greeting());
 }
 
-void worker_machine::on(const worker_events::disconnected&) {
+void worker_machine::on(const worker_events::disconnected&) { lose_channel(); }
+
+/// What was sent last may be lost with it: a coordinator that was frozen closes it unread, and no
+/// other message asks for it.
+void worker_machine::lose_channel() {
   is_connected_ = false;
-  if (std::exchange(is_welcome_, false)) away_since_ms_ = free_since_ms_ = own_ms_;
+  if (!std::exchange(is_welcome_, false)) return;
+  away_since_ms_ = free_since_ms_ = own_ms_;
+  forget_said_before(own_ms_ - retold_ms_max);
+  std::deque<progress> queued = std::exchange(queued_progress_, {});
+  for (said_progress& s : said_progress_) queue(std::move(s.report));
+  for (progress& p : queued) queue(std::move(p));
+  said_progress_.clear();
+  said_steps_ = 0;
 }
 
 void worker_machine::on(const worker_events::coordinator_said& e) {
@@ -325,8 +338,28 @@ void worker_machine::said(const failed& x) {
 
 void worker_machine::said(const progress& x) {
   if (x.job == job_ && !x.steps.empty()) step_ = std::max(step_, x.steps.back().step);
-  if (is_welcome_) return send(x);
+  if (is_welcome_) return report(x);
   decide_by(x);
+  queue(x);
+}
+
+/// On a channel that may be about to break: kept for a while, to be said again.
+void worker_machine::report(progress x) {
+  send(x);
+  said_steps_ += x.steps.size();
+  said_progress_.push_back({own_ms_, std::move(x)});
+  forget_said_before(own_ms_ - retold_ms_max);
+}
+
+void worker_machine::forget_said_before(std::int64_t ms) {
+  while (!said_progress_.empty() &&
+         (said_progress_.front().own_ms < ms || said_steps_ > retold_steps_max)) {
+    said_steps_ -= said_progress_.front().report.steps.size();
+    said_progress_.pop_front();
+  }
+}
+
+void worker_machine::queue(const progress& x) {
   for (std::size_t first = 0; first < x.steps.size(); first += steps_of_a_message_max) {
     progress piece{x.job, x.generation, x.plan_hash, {}};
     const std::size_t last = std::min(x.steps.size(), first + steps_of_a_message_max);
@@ -456,7 +489,7 @@ void worker_machine::say_plan() {
 
 /// After each welcome: all that a coordinator may have missed. It drops what it knows.
 void worker_machine::say_state_again() {
-  for (const progress& p : queued_progress_) send(p);
+  for (progress& p : queued_progress_) report(std::move(p));
   queued_progress_.clear();
   queued_steps_ = 0;
   for (const part_saved& p : parts_) send(p);

@@ -2,7 +2,8 @@
 //
 // Pure: the shell (worker_actor) brings events and carries out actions in order. Training goes on
 // while the coordinator is away: what it must know is kept here (bounded) and said again after the
-// next welcome. A worker that answered prepare(n) takes no message of a smaller number, and answers
+// next welcome, with the steps of the last seconds before the channel broke, which may be lost with
+// it. A worker that answered prepare(n) takes no message of a smaller number, and answers
 // no second decider of n.
 //
 // While the coordinator is away a member may stand in for it (worker/deputy_machine.hpp), this one
@@ -127,6 +128,7 @@ class worker_machine {
   }  // steps that overflowed the queue
 
   static constexpr std::size_t queued_steps_max = 100'000;  // 14 MB; at 0.5 s a step 14 hours away
+  static constexpr std::size_t retold_steps_max = 15'000;   // 15 s of 1 ms steps, 2.1 MB
   static constexpr std::size_t queued_parts_max = 64;       // a save or two per generation is usual
   static constexpr std::size_t uncommitted_saves_max = 2;   // while nobody writes their manifests
   static constexpr std::size_t queued_others_max = 1'000;
@@ -197,6 +199,10 @@ class worker_machine {
   int rank_of(const process_id& process) const;  // in the newest plan taken; -1: not in it
 
   void send(to_coordinator message);
+  void lose_channel();
+  void report(progress x);  // now; again if the channel breaks soon
+  void queue(const progress& x);
+  void forget_said_before(std::int64_t ms);
   void decide_by(const to_coordinator& message);  // to whoever decides now, the coordinator first
   void pass_on(to_coordinator message);           // now, or after the next welcome
   void tell(to_worker message);
@@ -236,6 +242,12 @@ class worker_machine {
   std::map<std::uint64_t, peer_report> peer_states_;  // newest by peer, said again
   std::deque<progress> queued_progress_;
   std::size_t queued_steps_ = 0;
+  struct said_progress {
+    std::int64_t own_ms = 0;
+    progress report;
+  };
+  std::deque<said_progress> said_progress_;  // on this channel, of the last seconds
+  std::size_t said_steps_ = 0;
   std::vector<part_saved> parts_;  // until durable
   std::deque<to_coordinator> queued_others_;
   std::uint64_t stale_messages_ = 0, dropped_reports_ = 0;

@@ -125,6 +125,8 @@ class cluster {
   void carry_out(const coordinator_ptr& c, action& a);
   void start_save(const coordinator_ptr& c);
   void write_rows(const std::vector<actions::row>& rows);
+  void write_log(const coordinator_ptr& c, us until);
+  void lose_log(const coordinator_ptr& c);
 
   checkpoint_found find_on_disk(const actions::find_checkpoint& f);
   manifest_written put_manifest(const actions::write_manifest& m, std::uint64_t incarnation);
@@ -136,6 +138,7 @@ class cluster {
   void make_tie_break(const process_ptr& p, const deputy_actions::make_tie_break& t);
   void check_deputy(const process_ptr& p, const commit& c);
   void check_one_run();
+  void check_log(std::uint64_t job);
   void cut_off();
   /// A deputy decided for this job: the coordinator is no longer the only one whose word counts,
   /// so what the oracle derives from its words alone does not hold until it has the job again.
@@ -199,6 +202,7 @@ class cluster {
   void count_ballots(const process_ptr& zero, std::uint64_t step);
   void apply(const process_ptr& p, const vote_result& vote);
   void forward(toy_trainer& t, const vote_result& vote);
+  void retell(const process_ptr& p, std::uint64_t after);
   void save_part(const process_ptr& p, bool is_final);
   void write_part(const process_ptr& p, part_saved report, const values& weights);
   void close_links(const process_ptr& p);
@@ -240,6 +244,7 @@ class cluster {
 
   // The world that survives crashes of the coordinator.
   std::map<std::string, std::string> rows_;
+  std::map<std::uint64_t, std::set<std::uint64_t>> vote_log_;                  // by job: steps
   std::map<std::uint64_t, std::map<std::string, disk_part>> parts_;            // by job, file
   std::map<std::uint64_t, std::map<std::uint64_t, disk_manifest>> manifests_;  // by job, step
   std::map<std::uint64_t, job_spec> specs_;                                    // by job

@@ -5,7 +5,10 @@
 namespace stagecoach::sim {
 
 void cluster::start_coordinator() {
-  if (coordinator_) coordinator_->is_fenced = true;
+  if (coordinator_) {
+    lose_log(coordinator_);
+    coordinator_->is_fenced = true;
+  }
   auto c = std::make_shared<coordinator_process>();
   std::vector<store_row> rows(rows_.begin(), rows_.end());
   restored_records restored = restore_records(rows);
@@ -32,6 +35,7 @@ void cluster::crash(const coordinator_ptr& c, const char* why) {
   c->todo.clear();
   c->deferred.clear();
   if (!c->is_fenced) {
+    lose_log(c);
     // What was not synced may be lost from some row on; a batch under way is whole or absent.
     const bool reaches_disk = c->is_saving && chance(0.5);
     if (!reaches_disk && chance(0.5)) c->unsynced.resize(draw(0, c->unsynced.size()));
@@ -123,6 +127,26 @@ void cluster::pump(const coordinator_ptr& c) {
   }
 }
 
+/// The rows of the vote log that were written until then.
+void cluster::write_log(const coordinator_ptr& c, us until) {
+  if (c->is_fenced) return;
+  for (; !c->unsynced_log.empty() && c->unsynced_log.front().time <= until;
+       c->unsynced_log.pop_front()) {
+    const logged_step& row = c->unsynced_log.front();
+    if (truth_of(row.job).chain[row.step] != row.chain)
+      violate("step {} of job {} is logged with another chain", row.step, row.job);
+    vote_log_[row.job].insert(row.step);
+  }
+}
+
+/// Of the last second, what comes after some row. Drawn apart: other histories stay as they were.
+void cluster::lose_log(const coordinator_ptr& c) {
+  write_log(c, now_ - second);
+  const std::uint64_t drawn = mix(static_cast<std::uint64_t>(now_), c->incarnation);
+  c->unsynced_log.resize(drawn % (c->unsynced_log.size() + 1));
+  write_log(c, now_);
+}
+
 /// Durable whole or not at all; a full disk is tried again. All that follows waits.
 void cluster::start_save(const coordinator_ptr& c) {
   const bool is_full = are_faults_on_ && chance(rates_.disk_full);
@@ -134,6 +158,7 @@ void cluster::start_save(const coordinator_ptr& c) {
     if (c->is_fenced) return crash(c, "its store is another's");
     write_rows(c->unsynced);
     c->unsynced.clear();
+    write_log(c, now_);
     write_rows(c->saving.rows);
     c->is_saving = false;
     pump(c);
@@ -172,6 +197,10 @@ void cluster::carry_out(const coordinator_ptr& c, action& a) {
   } else if (auto* r = std::get_if<actions::retire_checkpoints>(&a)) {
     const checkpoints_retired answer = retire_on_disk(*r);
     if (!answer.steps.empty()) later(delay(ms, 20 * ms), answer);
+  } else if (auto* l = std::get_if<actions::series>(&a)) {
+    write_log(c, now_ - second);
+    for (const step_report& s : l->steps)
+      c->unsynced_log.push_back({now_, value(l->job), s.step, s.chain});
   } else if (auto* n = std::get_if<actions::note>(&a)) {
     check_stuck(n->record);
     const event_record& e = n->record;

@@ -160,6 +160,7 @@ void cluster::take_fed(const process_ptr& p, std::uint64_t job) {
       t.weights.insert(f->shadow.begin(), f->shadow.end());
     return;
   }
+  t.recent.clear();
   t.shape = plan{};
   t.shape.job = static_cast<job_id>(job);
   t.spec = f->order.spec;

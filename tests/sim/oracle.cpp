@@ -115,6 +115,7 @@ void cluster::check_record(const job_record& record) {
   }
   if (record.state == job_state::completed && completed_.count(job) == 0) {
     completed_[job] = 1;
+    check_log(job);
     const auto last = static_cast<std::uint64_t>(record.spec.stop_steps);
     const auto& have = manifests_[job];
     if (have.count(last) == 0) {
@@ -284,6 +285,25 @@ void cluster::check_commit(const coordinator_ptr& by, const commit& c) {
   by->reported[job] = c.step;
 }
 
+// ---- the log of the votes ----
+/// Of a job that ends, what the coordinator keeps lacks no step that was reported by somebody whose
+/// channel has been quiet: who is dead or away can't be asked.
+void cluster::check_log(std::uint64_t job) {
+  const std::set<std::uint64_t>& log = vote_log_[job];
+  for (const auto& [name, p] : processes_) {
+    const bool is_there = p->is_alive && p->channel && p->channel->is_open &&
+                          p->channel->whom == coordinator_ && p->welcomed_on == p->channel->id &&
+                          now_ - p->welcomed_at > 5 * second;
+    if (!is_there) continue;
+    for (const auto& report : p->reported) {
+      const bool is_heard = p->owed.count(report) == 0 && p->said.count(report) == 0;
+      if (report.first == job && is_heard && log.count(report.second) == 0)
+        return violate("the vote log of job {} lacks step {}, which {} reported", job,
+                       report.second, name);
+    }
+  }
+}
+
 // ---- who holds what ----
 prepared cluster::holding_of(const process_ptr& p) {
   const toy_trainer& t = p->trainer;
@@ -377,12 +397,13 @@ void cluster::heard(const std::shared_ptr<connection>& c, const to_coordinator& 
     // A beat comes after a welcome, and after that all that was kept for it.
     if (!p->owed.empty()) {
       violate("{} does not send its report of step {} though it is connected again", p->name,
-              p->owed.begin()->second);
+              p->owed.begin()->first.second);
     }
   } else if (const auto* g = std::get_if<progress>(&message)) {
     for (const step_report& s : g->steps) {
       reported(g->job, g->generation, s.step);
       p->owed.erase({g->job, s.step});
+      p->said.erase({g->job, s.step});
     }
   } else if (const auto* h = std::get_if<held>(&message)) {
     reported(h->job, h->generation, h->step);

@@ -79,6 +79,11 @@ void cluster::forward(toy_trainer& t, const vote_result& vote) {
   t.last_vote = vote;
   t.has_pending = t.is_computed = false;
   std::erase_if(t.copy_gradients, [&t](const auto& g) { return g.first <= t.step; });
+  while (!t.recent.empty() && t.recent.back().step >= vote.step) t.recent.pop_back();
+  step_report r;
+  r.step = vote.step;
+  r.chain = vote.chain;
+  t.recent.push_back(r);
   check_state(t);
 }
 
@@ -100,6 +105,7 @@ void cluster::load(const process_ptr& p, const commit& c) {
   if (t.has_state && value(t.shape.job) != job) {
     check_drop(p, "works for another job");
     t.has_state = false;
+    t.recent.clear();
   }
   if (c.source == source_kind::live && c.roll_forward && t.has_state && t.has_pending &&
       t.step + 1 == c.roll_forward->step) {
@@ -213,6 +219,17 @@ void cluster::exchange(const process_ptr& p, std::uint64_t epoch) {
   ready_[{job, t.hash}].insert(t.rank);
   emit(p, ready{job, c.shape.generation, t.hash, c.step,
                 is_sharded(c.spec, replicas) ? "" : hash_of(counted)});
+  if (c.retell_rank == t.rank) retell(p, c.retell_after);
+}
+
+/// Every member keeps its newest steps: another tells those that rank 0 had not told when it died.
+void cluster::retell(const process_ptr& p, std::uint64_t after) {
+  const toy_trainer& t = p->trainer;
+  progress again{value(t.shape.job), t.shape.generation, t.hash, {}};
+  for (const step_report& r : t.recent) {
+    if (r.step > after && r.step <= t.step) again.steps.push_back(r);
+  }
+  if (!again.steps.empty()) emit(p, again);
 }
 
 void cluster::run_trainer(const process_ptr& p) {
@@ -337,12 +354,7 @@ void cluster::apply(const process_ptr& p, const vote_result& vote) {
   ++result_.steps;
   applied_[job] = std::max(applied_[job], t.step);
   give_to_feed(p, vote);
-  if (t.rank == 0) {
-    step_report r;
-    r.step = vote.step;
-    r.chain = vote.chain;
-    emit(p, progress{job, number, t.hash, {r}});
-  }
+  if (t.rank == 0) emit(p, progress{job, number, t.hash, {t.recent.back()}});
   const bool is_final = t.step == static_cast<std::uint64_t>(t.spec.stop_steps);
   if ((vote.orders & order_bit(order_kind::save)) != 0 || is_final) save_part(p, is_final);
   if ((vote.orders & (order_bit(order_kind::hold) | order_bit(order_kind::stop))) != 0) {

@@ -37,15 +37,24 @@ void cluster::step_worker(const process_ptr& p, const worker_event& e) {
     if (const auto* w = std::get_if<welcome>(&said->message); w && w->incarnation >= p->obeys) {
       p->obeys = w->incarnation;
       p->welcomed_on = p->channel->id;
+      p->welcomed_at = now_;
+      for (auto& [what, said_at] : p->owed) said_at = now_;
     }
   } else if (std::holds_alternative<worker_events::disconnected>(e)) {
     p->steady_since = now_;
-    // What was sent on the old channel may be lost with it.
-    if (std::exchange(p->welcomed_on, connection_id{}) != connection_id{}) p->owed.clear();
+    // What was sent on the old channel may be lost with it, and what was sent last is sent again.
+    if (std::exchange(p->welcomed_on, connection_id{}) != connection_id{}) {
+      p->owed.merge(std::exchange(p->said, {}));
+      std::erase_if(p->owed, [this](const auto& o) { return now_ - o.second > 14 * second; });
+    }
   } else if (const auto* own = std::get_if<worker_events::trainer_said>(&e)) {
     const auto* made = std::get_if<progress>(&own->message);
-    if (made && p->welcomed_on == connection_id{}) {
-      for (const step_report& s : made->steps) p->owed.insert({made->job, s.step});
+    auto& unheard = p->welcomed_on == connection_id{} ? p->owed : p->said;
+    if (made) {
+      for (const step_report& s : made->steps) {
+        unheard[{made->job, s.step}] = now_;
+        p->reported.insert({made->job, s.step});
+      }
     }
   }
   for (const worker_action& a : p->machine->step(e)) {

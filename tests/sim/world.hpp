@@ -61,6 +61,12 @@ struct disk_manifest {
 
 struct process;
 
+/// A row of the vote log that is written and not synced.
+struct logged_step {
+  us time = 0;
+  std::uint64_t job = 0, step = 0, chain = 0;
+};
+
 /// One process of the coordinator; a frozen one may wake beside its successor.
 struct coordinator_process {
   std::unique_ptr<cluster_machine> machine;
@@ -71,6 +77,7 @@ struct coordinator_process {
   bool is_saving = false;
   actions::save saving;
   std::vector<actions::row> unsynced;  // written; a crash may lose the end of them
+  std::deque<logged_step> unsynced_log;
   std::vector<std::function<void()>> deferred;
   std::map<std::uint64_t, std::uint64_t> reported;  // the oracle's: by job, newest step it heard of
 };
@@ -129,6 +136,7 @@ struct toy_trainer {
   bool save_first = false;
   std::map<std::uint64_t, std::map<int, std::uint64_t>> ballots;  // rank 0: step, rank, chain
   std::vector<give_order> orders;
+  std::deque<step_report> recent;  // that it did, by step
   std::optional<toy_feed> copying;
 };
 
@@ -149,10 +157,13 @@ struct process {
   std::map<process_id, us> last_to;  // by peer: its line keeps the order
   int step_ms = 50;
   // The oracle's.
-  std::uint64_t obeys = 0;                                 // newest incarnation that welcomed it
-  connection_id welcomed_on{};                             // the channel on which the newest did
-  us steady_since = 0;                                     // not frozen and not cut since then
-  std::set<std::pair<std::uint64_t, std::uint64_t>> owed;  // (job, step) reported to nobody
+  std::uint64_t obeys = 0;      // newest incarnation that welcomed it
+  connection_id welcomed_on{};  // the channel on which the newest did
+  us steady_since = 0;          // not frozen and not cut since then
+  // (job, step): when it was reported last, to nobody or on a channel that broke; and on this one.
+  std::map<std::pair<std::uint64_t, std::uint64_t>, us> owed, said;
+  std::set<std::pair<std::uint64_t, std::uint64_t>> reported;  // all of them
+  us welcomed_at = 0;                                          // by the newest
 };
 
 using process_ptr = std::shared_ptr<process>;
