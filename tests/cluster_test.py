@@ -2,7 +2,7 @@
 """The exactness promise with real processes: layouts, kills, restarts, damaged stores; always the same hash.
 
 usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | feeds | sharded | restarts | store |
-                                        deputy | compete | stragglers
+                                        deputy | compete | stragglers | links
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
@@ -546,8 +546,61 @@ def group_stragglers():
         cluster.close()
 
 
+def group_links():
+    """What carries a link changes no bit, and a peer's end is noticed as soon."""
+    def begin(name, kinds):
+        cluster = Cluster(name)
+        cluster.start_coordinator()
+        for kind in kinds:
+            cluster.start_worker("--links", kind)
+        return cluster
+
+    def segments(cluster, worker):
+        """Memories that a worker has mapped for links: two for each link."""
+        maps = pathlib.Path(f"/proc/{cluster.workers[worker].pid}/maps").read_text(encoding="utf-8")
+        return maps.count("/memfd:stagecoach-link")
+
+    steps = 200
+    for i, (kinds, expected) in enumerate([(["tcp"] * 4, [0, 0, 0, 0]), (["shared-memory"] * 4, [6, 6, 6, 6]),
+                                           (["auto", "auto", "tcp", "auto"], [4, 4, 0, 4])]):
+        cluster = begin(f"links{i}", kinds)
+        try:
+            job = cluster.submit(job_file(f"links{i}", steps, "4", explicit(2, 2)))
+            cluster.wait_step(job, 5)
+            found = [segments(cluster, worker) for worker in sorted(cluster.workers)]
+            check(found == expected, f"memories of workers with links {kinds}: {found}")
+            same(cluster.finish(job), steps, f"2 x 2 with links {kinds}")
+        finally:
+            cluster.close()
+
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        seconds = {}
+        for kind in ("tcp", "shared-memory"):
+            name = f"{kind}-{number.name.lower()}"
+            cluster = begin(name, [kind] * 3)
+            try:
+                job = cluster.submit(job_file(name, 400, "2..3", explicit(1, 2), "50 steps"))
+                generation = cluster.wait_step(job, 50)["generation"]
+                victim = RANDOM.choice(cluster.members(job))
+                began = time.monotonic()
+                cluster.kill(victim, number)
+                cluster.wait(job, lambda v: v["state"] in ("RUNNING", "COMPLETED") and v["generation"] > generation, 30,
+                             "a generation without it")
+                seconds[kind] = time.monotonic() - began
+                if kind != "tcp":
+                    others = [segments(cluster, worker) for worker in cluster.members(job)]
+                    check(others == [2, 2], f"who is left has the memory of the new generation alone: {others}")
+                if number == signal.SIGSTOP:
+                    cluster.kill(victim, signal.SIGCONT)
+                same(cluster.finish(job), 400, f"{number.name} of a member, links {kind}")
+            finally:
+                cluster.close()
+        check(seconds["shared-memory"] < seconds["tcp"] + 1, f"{number.name} to the next generation, in s: {seconds}")
+
+
 if __name__ == "__main__":
     sys.exit(main({"matrix": group_matrix, "faults": group_faults, "copies": group_copies, "feeds": group_feeds,
                    "sharded": group_sharded,
                    "restarts": group_restarts, "store": group_store, "deputy": group_deputy,
-                   "compete": group_compete, "stragglers": group_stragglers, "elastic": group_elastic}))
+                   "compete": group_compete, "stragglers": group_stragglers, "elastic": group_elastic,
+                   "links": group_links}))

@@ -1,6 +1,7 @@
 #include "worker/link_asio.hpp"
 
 #include <doctest/doctest.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -21,6 +22,7 @@
 #include "config/log.hpp"
 #include "tests/link_test_support.hpp"
 #include "worker/link_frame.hpp"
+#include "worker/link_shm.hpp"
 
 using namespace stagecoach;
 using namespace std::chrono_literals;
@@ -77,6 +79,14 @@ class event_list {
 };
 
 constexpr std::size_t frame_max = std::size_t{64} << 20;
+
+/// A test that asks for these runs over TCP, and once more in shared memory.
+link_server::options each_link() {
+  link_server::options o;
+  SUBCASE("over TCP") { o.links = link_choice::tcp; }
+  SUBCASE("in shared memory") { o.links = link_choice::shared_memory; }
+  return o;
+}
 
 /// N servers of one process, as N workers.
 struct workers {
@@ -159,7 +169,7 @@ bool still_works(workers& w, std::vector<std::unique_ptr<link_set>>& sets, std::
 }  // namespace
 
 TEST_CASE("asio links: frames from 0 bytes to 64 MiB arrive whole, in order, both ways at once") {
-  workers w(2);
+  workers w(2, each_link());
   auto sets = w.open(job_id{1}, {1, 42});
   const std::size_t sizes[] = {1,     0,     2,     79,      80,        81,       4096,
                                65535, 65536, 65537, 1 << 20, 5'000'001, frame_max};
@@ -189,7 +199,7 @@ TEST_CASE("asio links: frames from 0 bytes to 64 MiB arrive whole, in order, bot
 }
 
 TEST_CASE("asio links: four ranks exchange all to all") {
-  workers w(4);
+  workers w(4, each_link());
   auto sets = w.open(job_id{1}, {1, 42});
   std::atomic<int> wrong{0};
   std::vector<std::thread> ranks;
@@ -217,7 +227,7 @@ TEST_CASE("asio links: four ranks exchange all to all") {
 }
 
 TEST_CASE("asio links: two jobs share one server and do not mix") {
-  workers w(2);
+  workers w(2, each_link());
   auto first = w.open(job_id{1}, {1, 42});
   auto second = w.open(job_id{2}, {9, 43});
   const link_key key{link_tag::vote, 1};
@@ -232,7 +242,7 @@ TEST_CASE("asio links: two jobs share one server and do not mix") {
 }
 
 TEST_CASE("asio links: cancel from another thread frees a blocked receive at once") {
-  workers w(2);
+  workers w(2, each_link());
   auto sets = w.open(job_id{1}, {1, 42});
   std::atomic<steady::rep> called{0};
   std::thread canceller([&] {
@@ -254,7 +264,7 @@ TEST_CASE("asio links: cancel from another thread frees a blocked receive at onc
 
 TEST_CASE(
     "asio links: a worker that dies is lost to the others in milliseconds, after its frames") {
-  workers w(3);
+  workers w(3, each_link());
   auto sets = w.open(job_id{1}, {1, 42});
   REQUIRE(sets[2]->send(0, {link_tag::probe, 1}, pattern(100, 1)));
   CHECK(sets[0]->receive_any(2, {link_tag::probe, 1}, 100).has_value());
@@ -296,7 +306,7 @@ TEST_CASE(
 }
 
 TEST_CASE("asio links: idle workers beat, so nobody is suspected") {
-  link_server::options o;
+  link_server::options o = each_link();
   o.beat = 20ms;
   o.suspect_after = 1000ms;
   workers w(2, o);
@@ -361,6 +371,99 @@ TEST_CASE("asio links: frames of another identity are dropped and counted, the l
   CHECK(*got == right);
   CHECK(h.one.servers[0]->stale_frames() == 4);
   CHECK(h.one.events[0]->count(peer_event::lost) == 0);
+}
+
+TEST_CASE("asio links: two that may choose take shared memory; one that wants TCP gets it") {
+  link_server::options o;
+  link_server::options tcp;
+  tcp.links = link_choice::tcp;
+  for (const bool first_is_tcp : {false, true})
+    for (const bool second_is_tcp : {false, true}) {
+      workers w(1, first_is_tcp ? tcp : o);
+      workers second(1, second_is_tcp ? tcp : o);
+      w.servers.push_back(std::move(second.servers[0]));
+      w.peers.push_back(second.peers[0]);
+      w.events.push_back(std::move(second.events[0]));
+      auto sets = w.open(job_id{1}, {1, 42});
+      const auto kind = first_is_tcp || second_is_tcp ? link_kind::tcp : link_kind::shared_memory;
+      CHECK(sets[0]->kind(1) == kind);
+      CHECK(sets[1]->kind(0) == kind);
+      CHECK(still_works(w, sets, 1));
+    }
+}
+
+TEST_CASE(
+    "asio links: where one end wants nothing but shared memory and the other TCP, none opens") {
+  link_server::options memory, tcp;
+  memory.links = link_choice::shared_memory;
+  memory.connect_within = tcp.connect_within = 400ms;
+  tcp.links = link_choice::tcp;
+  for (const bool first_is_tcp : {false, true}) {
+    workers w(1, first_is_tcp ? tcp : memory);
+    workers second(1, first_is_tcp ? memory : tcp);
+    w.servers.push_back(std::move(second.servers[0]));
+    w.peers.push_back(second.peers[0]);
+    w.events.push_back(std::move(second.events[0]));
+    auto opened = w.try_open(job_id{1}, {1, 42});
+    CHECK(opened[first_is_tcp ? 1 : 0].err().code == errc::unreachable);
+  }
+}
+
+TEST_CASE("asio links: an offer of shared memory goes to who shows its nonce, once") {
+  link_server::options o;
+  workers w(1, o);
+  const link_identity identity{job_id{5}, {1, 77}};
+  auto pending = std::async(std::launch::async, [&] {
+    return w.servers[0]->open(identity.job, identity.generation, 1,
+                              {{"raw", "127.0.0.1", 1}, w.peers[0]}, 1 << 20, w.events[0]->sink());
+  });
+  raw_socket raw(w.peers[0].port);
+  CHECK(raw.send(encode(link_greeting{identity, 0, 1, 2, true})));
+  auto welcome = raw.reply();
+  REQUIRE(welcome);
+  CHECK(welcome->verdict == link_verdict::welcome);
+  REQUIRE(welcome->is_memory);
+  const auto offer = raw.offer();
+  REQUIRE(offer);
+  auto own = shm_segment::create(1 << 20);
+  REQUIRE(own);
+
+  SUBCASE("the dialler can't reach it: the link is TCP") {
+    CHECK(raw.send(encode(link_reply{})));
+    auto opened = pending.get();
+    REQUIRE(opened);
+    CHECK((*opened)->kind(0) == link_kind::tcp);
+    const auto bytes = pattern(100, 1);
+    CHECK(raw.send(data_header(identity, {link_tag::probe, 1}, bytes)));
+    CHECK(raw.send(bytes));
+    CHECK((*opened)->receive_any(0, {link_tag::probe, 1}, 100).has_value());
+  }
+  SUBCASE("the dialler says that it has it, and never came: refused") {
+    CHECK(raw.send(encode(link_reply{link_protocol_version, link_verdict::welcome, true})));
+    CHECK(raw.closes());
+    w.servers[0]->abandon(identity.job);
+    CHECK_FALSE(pending.get());
+  }
+  SUBCASE("others come first, with a wrong nonce, without a descriptor, with an unsealed one") {
+    auto wrong = offer->nonce;
+    wrong[0] ^= std::byte{1};
+    CHECK_FALSE(unix_visit(offer->socket, wrong, own->to_pass.fd()));
+    CHECK_FALSE(unix_visit(offer->socket, offer->nonce, -1));
+    const descriptor unsealed(::memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    CHECK_FALSE(unix_visit(offer->socket, offer->nonce, unsealed.fd()));
+    CHECK(unix_visit(offer->socket, offer->nonce, own->to_pass.fd()));
+    CHECK_FALSE(unix_visit(offer->socket, offer->nonce, own->to_pass.fd()));  // it is given
+    CHECK(raw.send(encode(link_reply{link_protocol_version, link_verdict::welcome, true})));
+    auto opened = pending.get();
+    REQUIRE(opened);
+    CHECK((*opened)->kind(0) == link_kind::shared_memory);
+    // What its end never wrote by the rules is a broken link.
+    std::atomic_ref(*reinterpret_cast<std::uint32_t*>(own->segment.at(shm_layout::published)))
+        .store(1);
+    CHECK((*opened)->receive_any(0, {link_tag::probe, 1}, 100).err().code == errc::bad_input);
+    CHECK(w.events[0]->wait_for(0, peer_event::lost));
+    CHECK(raw.closes());
+  }
 }
 
 TEST_CASE("asio links: what is no worker's greeting is refused and disturbs nobody") {
@@ -452,7 +555,7 @@ TEST_CASE("asio links: what is no worker's greeting is refused and disturbs nobo
 }
 
 TEST_CASE("asio links: a greeting waits until its generation is opened") {
-  workers w(2);
+  workers w(2, each_link());
   auto early = std::async(std::launch::async, [&] {
     return w.servers[0]->open(job_id{1}, {1, 42}, 0, w.peers, 1000, w.events[0]->sink());
   });
@@ -501,7 +604,7 @@ TEST_CASE("asio links: a peer that never comes is named, with the cause") {
 }
 
 TEST_CASE("asio links: abandon ends an open in progress, of that job only") {
-  workers w(2);
+  workers w(2, each_link());
   auto waiting = std::async(std::launch::async, [&] {
     return w.servers[0]->open(job_id{1}, {1, 42}, 0, w.peers, 1000, w.events[0]->sink());
   });
@@ -518,7 +621,7 @@ TEST_CASE("asio links: abandon ends an open in progress, of that job only") {
 }
 
 TEST_CASE("asio links: generation n+1 opens right after the cancel of n, many times") {
-  workers w(3);
+  workers w(3, each_link());
   for (std::uint64_t g = 1; g <= 20; ++g) {
     auto sets = w.open(job_id{1}, {g, 42 + g});
     REQUIRE(still_works(w, sets, g));
@@ -529,7 +632,7 @@ TEST_CASE("asio links: generation n+1 opens right after the cancel of n, many ti
 TEST_CASE(
     "asio links: opening n+1 over a living n cancels n; an older or other plan beside it is a "
     "conflict") {
-  workers w(2);
+  workers w(2, each_link());
   auto old = w.open(job_id{1}, {1, 42});
   auto sets = w.open(job_id{1}, {2, 43});
   CHECK(old[0]->receive_any(1, {link_tag::probe}, 1).err().code == errc::cancelled);
@@ -540,7 +643,7 @@ TEST_CASE(
 }
 
 TEST_CASE("asio links: a full inbox holds the sender back, and drains") {
-  link_server::options o;
+  link_server::options o = each_link();
   o.queue_bytes_max = 1 << 20;
   workers w(2, o);
   auto sets = w.open(job_id{1}, {1, 42}, 1 << 18);
@@ -566,7 +669,7 @@ TEST_CASE("asio links: a full inbox holds the sender back, and drains") {
 TEST_CASE(
     "asio links: a receiver that waits for a frame behind a full inbox gets it, up to a hard "
     "bound") {
-  link_server::options o;
+  link_server::options o = each_link();
   o.queue_bytes_max = 1 << 20;
   workers w(2, o);
   auto sets = w.open(job_id{1}, {1, 42}, 1 << 18);
@@ -588,7 +691,7 @@ TEST_CASE(
 }
 
 TEST_CASE("asio links: cancel frees a send that waits for room") {
-  link_server::options o;
+  link_server::options o = each_link();
   o.queue_bytes_max = 1 << 20;
   workers w(2, o);
   auto sets = w.open(job_id{1}, {1, 42}, 1 << 20);
@@ -621,7 +724,7 @@ TEST_CASE(
     "asio links over TLS: frames of all sizes arrive; plain bytes at the port disturb nobody") {
   certificate_maker maker;
   auto ca = maker.make_authority("house");
-  workers w(3, {},
+  workers w(3, each_link(),
             {maker.issue(*ca, "w0", "worker"), maker.issue(*ca, "w1", "worker"),
              maker.issue(*ca, "w2", "worker")});
   auto sets = w.open(job_id{1}, {1, 42});

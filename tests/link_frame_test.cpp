@@ -100,3 +100,30 @@ TEST_CASE("link reply: round trip; other bytes and unknown verdicts are refused"
   unknown[8] = std::byte{77};
   CHECK(decode_reply(unknown).err().code == errc::bad_input);
 }
+
+TEST_CASE("link frame: an offer and the wish for shared memory decode to what was encoded") {
+  memory_offer offer;
+  for (std::size_t i = 0; i < 16; ++i) {
+    offer.socket[i] = static_cast<std::byte>(i);
+    offer.nonce[i] = static_cast<std::byte>(200 + i);
+  }
+  auto bytes = encode(offer);
+  auto back = decode_offer(bytes);
+  REQUIRE(back);
+  CHECK(back->socket == offer.socket);
+  CHECK(back->nonce == offer.nonce);
+  for (std::size_t bit = 0; bit < bytes.size() * 8; ++bit) {
+    auto bad = bytes;
+    bad[bit / 8] ^= static_cast<std::byte>(1u << (bit % 8));
+    CHECK_FALSE(decode_offer(bad));
+  }
+  for (const bool wish : {false, true}) {
+    auto greeting = decode_greeting(encode(link_greeting{{job_id{1}, {2, 3}}, 0, 1, 2, wish}));
+    REQUIRE(greeting);
+    CHECK(greeting->takes_memory == wish);
+    auto reply =
+        decode_reply(encode(link_reply{link_protocol_version, link_verdict::welcome, wish}));
+    REQUIRE(reply);
+    CHECK(reply->is_memory == wish);
+  }
+}

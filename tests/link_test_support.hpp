@@ -8,10 +8,12 @@
 #include <openssl/pem.h>
 #include <openssl/x509v3.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -62,6 +64,13 @@ class raw_socket {
     if (!r) return {};
     return *r;
   }
+  std::optional<memory_offer> offer() {
+    std::array<std::byte, offer_bytes> bytes;
+    if (::recv(fd_, bytes.data(), bytes.size(), MSG_WAITALL) != offer_bytes) return {};
+    auto o = decode_offer(bytes);
+    if (!o) return {};
+    return *o;
+  }
   /// True when the other side closes within the socket's 10 s; beats on the way are skipped.
   bool closes() {
     char bytes[4096];
@@ -75,6 +84,49 @@ class raw_socket {
  private:
   int fd_;
 };
+
+/// Comes to an abstract Unix socket with a nonce and, unless -1, a descriptor. True: it was
+/// answered with a descriptor.
+inline bool unix_visit(const std::array<std::byte, 16>& name,
+                       const std::array<std::byte, 16>& nonce, int passed) {
+  sockaddr_un to{};
+  to.sun_family = AF_UNIX;
+  std::string path(1, '\0');
+  path += "stagecoach-";
+  for (const std::byte b : name) path += fmt::format("{:02x}", static_cast<unsigned>(b));
+  std::memcpy(to.sun_path, path.data(), path.size());
+  const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size());
+  REQUIRE(::connect(fd, reinterpret_cast<sockaddr*>(&to), length) == 0);
+  iovec part{const_cast<std::byte*>(nonce.data()), nonce.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message{};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  if (passed >= 0) {
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr* head = CMSG_FIRSTHDR(&message);
+    head->cmsg_level = SOL_SOCKET;
+    head->cmsg_type = SCM_RIGHTS;
+    head->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(head), &passed, sizeof(int));
+  }
+  REQUIRE(::sendmsg(fd, &message, MSG_NOSIGNAL) == 16);
+  std::array<std::byte, 16> said;
+  part = {said.data(), said.size()};
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  const bool is_answered = ::recvmsg(fd, &message, MSG_WAITALL) == 16;
+  if (is_answered) {
+    int got = -1;
+    REQUIRE(CMSG_FIRSTHDR(&message) != nullptr);
+    std::memcpy(&got, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(int));
+    ::close(got);
+  }
+  ::close(fd);
+  return is_answered;
+}
 
 /// Makes certificates the way `stagecoach certs` lays them out, in a folder of its own.
 class certificate_maker {

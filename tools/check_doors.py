@@ -36,7 +36,7 @@ WORLD = re.compile(
     r"^(caf/|rocksdb/|boost/|openssl/|cuda|nccl|sys/|netinet/|unistd\.h|thread$|mutex$|chrono$|random$|fstream$"
     r"|filesystem$|unordered_map$|unordered_set$|condition_variable$|future$|atomic$|ctime$|time\.h)")
 CAF_ONLY = re.compile(r"(_actor\.cpp|_actor_test\.cpp)$")
-BEAST_ONLY = re.compile(r"_(beast|asio)(_impl)?\.cpp$|asio_impl\.cpp$|beast_impl\.cpp$|_test\.cpp$|(byte_stream_beast|connection_asio)\.hpp$")
+BEAST_ONLY = re.compile(r"_(beast|asio)(_impl)?\.cpp$|asio_impl\.cpp$|beast_impl\.cpp$|_test\.cpp$|(byte_stream_beast|connection_asio|link_upgrade_asio)\.hpp$")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^">]+)[">]')
 
 

@@ -18,6 +18,7 @@ struct daemon_flags {
   std::string state = "stagecoach-state", listen = "127.0.0.1:7070", port_file, log_file,
               log_level = "info";
   std::string token_file, name, link_host, isa;
+  link_choice links = link_choice::automatic;
   std::uint16_t link_port = 0;
   int threads = 1;
   double preempt_after_s = 30, rebalance_after_s = 30;
@@ -85,6 +86,7 @@ exit_code run_worker(const global_flags& flags, const daemon_flags& own) {
   options.insecure = own.insecure;
   if (!own.link_host.empty()) options.link_host = own.link_host;
   options.link_port = own.link_port;
+  options.links = own.links;
   for (const std::string& label : own.labels) {
     const auto equals = label.find('=');
     if (equals == std::string::npos || equals == 0)
@@ -158,6 +160,13 @@ void add_worker(command_line c) {
   app->add_option("--link-host", own->link_host,
                   "address that other workers dial (default 127.0.0.1)");
   app->add_option("--link-port", own->link_port, "port for links (default: any free one)");
+  const std::map<std::string, link_choice> choices{{"auto", link_choice::automatic},
+                                                   {"tcp", link_choice::tcp},
+                                                   {"shared-memory", link_choice::shared_memory}};
+  app->add_option("--links", own->links,
+                  "auto (shared memory with workers of this host, TCP with others), tcp or "
+                  "shared-memory")
+      ->transform(CLI::CheckedTransformer(choices));
   app->add_option("--isa", own->isa, "cap the instruction set: avx2 or avx512")
       ->check(CLI::IsMember({"avx2", "avx512"}));
   app->add_option(

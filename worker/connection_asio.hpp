@@ -40,6 +40,7 @@ class connection : public std::enable_shared_from_this<connection> {
   std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
   std::array<std::byte, line_greeting_bytes> greeting_buffer{};  // the longer of the two
   std::array<std::byte, reply_bytes> reply_buffer{};
+  std::array<std::byte, offer_bytes> offer_buffer{};
 
   void close() {
     closed = true;

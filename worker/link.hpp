@@ -4,7 +4,8 @@
 // counted. Frames between two ranks arrive in order, whole and checksummed, or the link fails.
 // send() never blocks on the peer's progress (it queues; the queue is bounded by what a schedule
 // may have in flight). cancel() makes every present and later call return `cancelled` at once.
-// Thread-safe. Twins: link_memory (threads of one process; tests), link_asio (TCP, TLS).
+// Thread-safe. Twins: link_memory (threads of one process; tests), link_asio (TCP, TLS; between
+// processes of one host shared memory, link_shm).
 #pragma once
 
 #include <cstddef>
@@ -48,6 +49,22 @@ struct link_key {
   bool operator==(const link_key&) const = default;
 };
 
+/// What carries a link. It changes no bits.
+enum class link_kind { in_process, shared_memory, tcp };
+/// For logs, status and JSON: "shared_memory".
+const char* to_string(link_kind kind);
+
+/// A frame that was received, where it lies. It stands as long as this does; the link may count it
+/// as under way until then.
+struct held_frame {
+  std::span<const std::byte> bytes;
+  std::shared_ptr<const void> held;
+};
+
+/// automatic: shared memory where both ends are on one host and want it. shared_memory: no link
+/// stands without.
+enum class link_choice { automatic, tcp, shared_memory };
+
 class link_set {
  public:
   virtual ~link_set() = default;
@@ -64,6 +81,11 @@ class link_set {
   /// The same where the size is the sender's choice; at most bytes_max.
   virtual result<std::vector<std::byte>> receive_any(int from, link_key key,
                                                      std::size_t bytes_max) = 0;
+
+  /// The same without a copy of our own, for a reader that looks at each byte once.
+  virtual result<held_frame> receive_held(int from, link_key key, std::size_t bytes) = 0;
+
+  virtual link_kind kind(int peer) const = 0;
 
   /// Idempotent; from any thread.
   virtual void cancel() = 0;

@@ -10,6 +10,9 @@
 //   dialled:   resolve -> connect -> handshake -> greeting sent -> reply -> stands   (any failure:
 //   again) stands:    data and beats both ways -> lost (closed, broken frame) | cancelled
 //
+// Where both ends take shared memory there is one more turn before a link stands (the offer, see
+// link_upgrade_asio); its data then bypass the io thread, which keeps the beats and the end.
+//
 // A link that stood and broke stays broken: the generation ends with it, and the next one dials
 // anew.
 #include "worker/link_asio.hpp"
@@ -39,6 +42,8 @@
 #include "config/log.hpp"
 #include "worker/connection_asio.hpp"
 #include "worker/link_frame.hpp"
+#include "worker/link_shm.hpp"
+#include "worker/link_upgrade_asio.hpp"
 #include "worker/peer_line_asio.hpp"
 
 namespace stagecoach {
@@ -146,6 +151,7 @@ struct peer_link {
   bool pump_posted = false;
   bool cancelled = false;
   std::optional<error> failed;
+  std::shared_ptr<shm_link> memory;  // null: TCP carries the frames; set once, before open() ends
 
   // io thread only.
   connection_ptr link;   // stands
@@ -185,7 +191,7 @@ struct set_state {
 
   // io thread only.
   phase now = phase::opening;
-  int standing = 0;
+  int standing = 0, in_memory = 0;
   steady::time_point opened_at, deadline;
 
   std::mutex open_mutex;
@@ -227,6 +233,7 @@ struct set_state {
       }
       link->arrived.notify_all();
       link->drained.notify_all();
+      if (link->memory) link->memory->end(cancelled_error());
     }
   }
 };
@@ -244,6 +251,7 @@ class core {
       : options_(o),
         lines_(io, o.name, o.process,
                [this](const connection_ptr& c, const std::string& why) { refuse(c, why); }),
+        desk_(io),
         acceptor_(io),
         timer_(io) {}
 
@@ -289,6 +297,9 @@ class core {
     acceptor_.set_option(tcp::acceptor::reuse_address(true), ec);
     if (acceptor_.bind(at, ec); ec) return failed();
     if (acceptor_.listen(asio::socket_base::max_listen_connections, ec); ec) return failed();
+    if (options_.links != link_choice::tcp)
+      if (auto open = desk_.listen(); !open)
+        log_event(level::warn, "link_memory_closed", {{"reason", open.err().message}});
     const auto port = acceptor_.local_endpoint(ec).port();
     last_tick_ = steady::now();
     accept();
@@ -351,6 +362,7 @@ class core {
     for (const auto& c : leaving_) c->close();
     for (const auto& entry : room_) entry.link->close();
     lines_.shut_down();
+    desk_.shut_down();
     ungreeted_.clear();
     leaving_.clear();
     room_.clear();
@@ -567,7 +579,7 @@ class core {
                link_verdict::wrong_rank);
         return true;
       }
-      welcome(set, static_cast<int>(greeting.from_rank), c);
+      welcome(set, greeting, c);
       return true;
     }
     return false;
@@ -579,7 +591,8 @@ class core {
     });
   }
 
-  void welcome(const set_ptr& set, int from, const connection_ptr& c) {
+  void welcome(const set_ptr& set, const link_greeting& greeting, const connection_ptr& c) {
+    const int from = static_cast<int>(greeting.from_rank);
     peer_link& p = set->link(from);
     const std::string& expected = set->peers[static_cast<std::size_t>(from)].name;
     if (c->tls && !expected.empty() && c->certified_name != expected)
@@ -594,16 +607,53 @@ class core {
     p.trial = c;
     p.trial_since = steady::now();
     p.trial_greeted = true;
-    c->reply_buffer = encode(link_reply{});
-    c->write_all(asio::buffer(c->reply_buffer), [this, set, from, c](error_code ec, std::size_t) {
-      peer_link& p = set->link(from);
-      if (c->closed || p.trial != c) return;
-      p.trial.reset();
-      if (ec) {
-        p.last_cause = reason_of(ec);
-        return c->close();  // it may dial again
-      }
-      stands(set, from, c);
+    const bool is_memory = greeting.takes_memory && desk_.is_open();
+    c->reply_buffer = encode(link_reply{link_protocol_version, link_verdict::welcome, is_memory});
+    c->write_all(asio::buffer(c->reply_buffer),
+                 [this, set, from, c, is_memory](error_code ec, std::size_t) {
+                   if (is_abandoned(*set, from, c)) return;
+                   if (ec) return failed_welcome(set, from, c, reason_of(ec));
+                   if (is_memory) return offer_memory(set, from, c);
+                   if (options_.links == link_choice::shared_memory)
+                     return failed_welcome(set, from, c, "it does not take shared memory");
+                   stands(set, from, c, nullptr);
+                 });
+  }
+
+  bool is_abandoned(set_state& set, int from, const connection_ptr& c) const {
+    return c->closed || set.link(from).trial != c;
+  }
+
+  /// The dialler may dial again.
+  void failed_welcome(const set_ptr& set, int from, const connection_ptr& c,
+                      const std::string& why) {
+    peer_link& p = set->link(from);
+    p.trial.reset();
+    p.last_cause = why;
+    c->close();
+  }
+
+  void offer_memory(const set_ptr& set, int from, const connection_ptr& c) {
+    const memory_offer offer = desk_.offer(shm_link::payload_bytes(memory_options(*set)));
+    c->offer_buffer = encode(offer);
+    c->write_all(asio::buffer(c->offer_buffer), [this, set, from, c, offer](error_code ec,
+                                                                            std::size_t) {
+      if (ec && !is_abandoned(*set, from, c)) failed_welcome(set, from, c, reason_of(ec));
+      if (ec || c->closed) return void(desk_.take(offer));
+      c->read_all(asio::buffer(c->reply_buffer), [this, set, from, c, offer](error_code ec,
+                                                                             std::size_t) {
+        auto memory = desk_.take(offer);
+        if (is_abandoned(*set, from, c)) return;
+        if (ec) return failed_welcome(set, from, c, reason_of(ec));
+        const auto answer = decode_reply(c->reply_buffer);
+        if (!answer) return failed_welcome(set, from, c, answer.err().message);
+        if (answer->is_memory && !memory)
+          return failed_welcome(set, from, c, "it answers for shared memory that it never fetched");
+        if (!answer->is_memory && options_.links == link_choice::shared_memory)
+          return failed_welcome(set, from, c, "it can't reach our shared memory");
+        if (!answer->is_memory) return stands(set, from, c, nullptr);
+        stands(set, from, c, std::make_shared<shm_link>(memory_options(*set), *std::move(memory)));
+      });
     });
   }
 
@@ -668,9 +718,9 @@ class core {
   }
 
   void send_greeting(const set_ptr& set, int to, const connection_ptr& c) {
-    const auto greeting = encode(link_greeting{set->identity, static_cast<std::uint32_t>(set->rank),
-                                               static_cast<std::uint32_t>(to),
-                                               static_cast<std::uint32_t>(set->size())});
+    const auto greeting = encode(link_greeting{
+        set->identity, static_cast<std::uint32_t>(set->rank), static_cast<std::uint32_t>(to),
+        static_cast<std::uint32_t>(set->size()), options_.links != link_choice::tcp});
     std::copy(greeting.begin(), greeting.end(), c->greeting_buffer.begin());
     const auto bytes = asio::buffer(c->greeting_buffer.data(), greeting.size());
     c->write_all(bytes, [this, set, to, c](error_code ec, std::size_t) {
@@ -686,8 +736,10 @@ class core {
         auto reply = decode_reply(c->reply_buffer);
         if (!reply) return failed_dial(set, to, c, errc::bad_input, reply.err().message);
         if (reply->verdict == link_verdict::welcome) {
-          set->link(to).trial.reset();
-          return stands(set, to, c);
+          if (reply->is_memory) return read_offer(set, to, c);
+          if (options_.links == link_choice::shared_memory)
+            return failed_dial(set, to, c, errc::unreachable, "it offers no shared memory");
+          return stands(set, to, c, nullptr);
         }
         // Busy and duplicate (its end of our former try is not noticed yet) pass; the others stay.
         const bool passes =
@@ -701,6 +753,44 @@ class core {
                     fmt::format("refused: {}", explain(reply->verdict)));
       });
     });
+  }
+
+  void read_offer(const set_ptr& set, int to, const connection_ptr& c) {
+    c->read_all(asio::buffer(c->offer_buffer), [this, set, to, c](error_code ec, std::size_t) {
+      if (c->closed) return;
+      if (ec) return failed_dial(set, to, c, errc::unreachable, reason_of(ec));
+      const auto offer = decode_offer(c->offer_buffer);
+      if (!offer) return failed_dial(set, to, c, errc::bad_input, offer.err().message);
+      fetch_memory(io, *offer, shm_link::payload_bytes(memory_options(*set)),
+                   [this, set, to, c](result<shm_pair> memory) {
+                     if (!c->closed) answer_offer(set, to, c, std::move(memory));
+                   });
+    });
+  }
+
+  void answer_offer(const set_ptr& set, int to, const connection_ptr& c, result<shm_pair> memory) {
+    if (!memory && options_.links == link_choice::shared_memory)
+      return failed_dial(set, to, c, errc::unreachable, "shared memory: " + memory.err().message);
+    // No such socket here: the peer is on another host, which is no news.
+    if (!memory)
+      log_event(memory.err().code == errc::unreachable ? level::debug : level::warn,
+                "link_without_memory",
+                {whose(*set), {"rank", set->rank}, {"peer", to}, {"reason", memory.err().message}});
+    std::shared_ptr<shm_link> link;
+    if (memory) link = std::make_shared<shm_link>(memory_options(*set), *std::move(memory));
+    c->reply_buffer =
+        encode(link_reply{link_protocol_version, link_verdict::welcome, link != nullptr});
+    c->write_all(asio::buffer(c->reply_buffer),
+                 [this, set, to, c, link](error_code ec, std::size_t) {
+                   if (c->closed) return;
+                   if (ec) return failed_dial(set, to, c, errc::unreachable, reason_of(ec));
+                   stands(set, to, c, link);
+                 });
+  }
+
+  /// As much under way as TCP has: the sender's queue, and the receiver's when it waits for more.
+  shm_link::options memory_options(const set_state& set) {
+    return {set.identity, set.frame_bytes_max, 3 * set.queue_bytes_max, &stale};
   }
 
   /// Unreachable is tried again until the set's deadline; anything else would only fail again.
@@ -730,9 +820,16 @@ class core {
 
   // ---- standing
 
-  void stands(const set_ptr& set, int peer, const connection_ptr& c) {
+  void stands(const set_ptr& set, int peer, const connection_ptr& c,
+              std::shared_ptr<shm_link> memory) {
     if (set->now == phase::ended) return c->close();
     peer_link& p = set->link(peer);
+    p.trial.reset();
+    if (memory) ++set->in_memory;
+    {
+      const std::lock_guard lock(p.mutex);
+      p.memory = std::move(memory);
+    }
     p.link = c;
     p.stands = true;
     p.last_byte = steady::now();
@@ -752,6 +849,7 @@ class core {
          {"generation", set->identity.generation.number},
          {"rank", set->rank},
          {"size", set->size()},
+         {"in_shared_memory", set->in_memory},
          {"ms", std::chrono::duration_cast<milliseconds>(steady::now() - set->opened_at).count()}});
     {
       const std::lock_guard lock(set->open_mutex);
@@ -794,13 +892,18 @@ class core {
     return set.identity.is_beside() ? log_field{"feed", id - beside_jobs} : log_field{"job", id};
   }
 
+ public:
+  static error lost_error(const set_state& set, int peer, errc code, const std::string& why) {
+    return make_error(code, "lost {}: {}", set.peer_text(peer), why);
+  }
+
   /// A standing link broke. What it delivered can still be received.
   void lose(const set_ptr& set, int peer, errc code, const std::string& why) {
     peer_link& p = set->link(peer);
     if (set->now == phase::ended || !p.link) return;
     p.link->close();
     p.link.reset();
-    const error e = make_error(code, "lost {}: {}", set->peer_text(peer), why);
+    const error e = lost_error(*set, peer, code, why);
     {
       const std::lock_guard lock(p.mutex);
       p.failed = e;
@@ -808,6 +911,7 @@ class core {
     }
     p.arrived.notify_all();
     p.drained.notify_all();
+    if (p.memory) p.memory->end(e);
     if (set->cancelled) return;  // we leave too: no news
     log_event(set->identity.is_beside() ? level::debug : level::warn, "link_lost",
               {whose(*set),
@@ -822,6 +926,7 @@ class core {
       emit(set, peer, peer_event::lost, why);
   }
 
+ private:
   // ---- reading
 
   void read_more(const set_ptr& set, int from) {
@@ -968,6 +1073,7 @@ class core {
     const bool stood_still = now - last_tick_ > options_.suspect_after / 2;
     last_tick_ = now;
     lines_.tick(now, stood_still);
+    desk_.tick(now);
     for (const set_ptr& set : std::vector(sets_)) {
       if (set->now == phase::opening && now >= set->deadline) {
         for (int peer = 0; peer < set->size(); ++peer)
@@ -1042,6 +1148,7 @@ class core {
   link_server::options options_;
   std::unique_ptr<asio::ssl::context> tls_server_, tls_client_;  // null: no TLS
   peer_lines lines_;
+  memory_desk desk_;  // closed: links are TCP
   tcp::acceptor acceptor_;
   asio::steady_timer timer_;
   std::optional<asio::steady_timer> accept_pause_;
@@ -1081,6 +1188,12 @@ class asio_links final : public link_set {
       return make_error(errc::too_large,
                         "frame of {} bytes with {}; the largest of this plan is {}", bytes.size(),
                         text_of(key), set_->frame_bytes_max);
+    if (p.memory) {
+      auto sent = p.memory->send(key, bytes);
+      if (!sent) return broken(to, sent.err());
+      set_->sent += bytes.size();
+      return ok();
+    }
     {
       const std::lock_guard lock(p.mutex);
       if (p.cancelled) return set_->cancelled_error();
@@ -1112,14 +1225,16 @@ class asio_links final : public link_set {
   }
 
   result<void> receive(int from, link_key key, std::span<std::byte> into) override {
+    if (shm_link* memory = memory_of(from)) {
+      auto frame = memory->take(key);
+      if (!frame) return broken(from, frame.err());
+      if (frame->bytes.size() != into.size())
+        return other_size(from, key, frame->bytes.size(), "", into.size());
+      return copy_out(from, *frame, into.data());
+    }
     auto frame = take(from, key);
     if (!frame) return frame.err();
-    if (frame->size != into.size())
-      return make_error(
-          errc::bad_input,
-          "frame from rank {} with {} has {} bytes; expected {}. fix: both ranks must "
-          "run one plan",
-          from, text_of(key), frame->size, into.size());
+    if (frame->size != into.size()) return other_size(from, key, frame->size, "", into.size());
     if (!into.empty()) std::memcpy(into.data(), frame->data.get(), into.size());
     set_->pool.give(*std::move(frame));
     return ok();
@@ -1127,16 +1242,46 @@ class asio_links final : public link_set {
 
   result<std::vector<std::byte>> receive_any(int from, link_key key,
                                              std::size_t bytes_max) override {
+    if (shm_link* memory = memory_of(from)) {
+      auto frame = memory->take(key);
+      if (!frame) return broken(from, frame.err());
+      if (frame->bytes.size() > bytes_max)
+        return other_size(from, key, frame->bytes.size(), "at most ", bytes_max);
+      std::vector<std::byte> bytes(frame->bytes.size());
+      if (auto copied = copy_out(from, *frame, bytes.data()); !copied) return copied.err();
+      return bytes;
+    }
     auto frame = take(from, key);
     if (!frame) return frame.err();
-    if (frame->size > bytes_max)
-      return make_error(errc::bad_input,
-                        "frame from rank {} with {} has {} bytes; expected at most {}. fix: both "
-                        "ranks must run one plan",
-                        from, text_of(key), frame->size, bytes_max);
+    if (frame->size > bytes_max) return other_size(from, key, frame->size, "at most ", bytes_max);
     std::vector<std::byte> bytes(frame->data.get(), frame->data.get() + frame->size);
     set_->pool.give(*std::move(frame));
     return bytes;
+  }
+
+  result<held_frame> receive_held(int from, link_key key, std::size_t bytes) override {
+    if (shm_link* memory = memory_of(from)) {
+      auto frame = memory->take(key);
+      if (!frame) return broken(from, frame.err());
+      if (frame->bytes.size() != bytes)
+        return other_size(from, key, frame->bytes.size(), "", bytes);
+      if (payload_checksum(frame->bytes) != frame->checksum) return corrupt(from, *frame);
+      set_->received += bytes;
+      return held_frame{frame->bytes, std::move(frame->held)};
+    }
+    auto frame = take(from, key);
+    if (!frame) return frame.err();
+    if (frame->size != bytes) return other_size(from, key, frame->size, "", bytes);
+    const std::byte* begin = frame->data.get();
+    auto back = [set = set_, kept = std::make_shared<raw_bytes>(*std::move(frame))](const void*) {
+      set->pool.give(std::move(*kept));
+    };
+    return held_frame{{begin, bytes}, std::shared_ptr<const void>(begin, std::move(back))};
+  }
+
+  link_kind kind(int peer) const override {
+    check_peer(peer);
+    return set_->link(peer).memory ? link_kind::shared_memory : link_kind::tcp;
   }
 
   void cancel() override {
@@ -1152,6 +1297,46 @@ class asio_links final : public link_set {
   void check_peer(int peer) const {
     invariant(peer >= 0 && peer < set_->size() && peer != set_->rank,
               "a link leads to another rank of the set");
+  }
+
+  shm_link* memory_of(int peer) const {
+    check_peer(peer);
+    return set_->link(peer).memory.get();
+  }
+
+  static error other_size(int from, link_key key, std::size_t bytes, const char* bound,
+                          std::size_t expected) {
+    return make_error(
+        errc::bad_input,
+        "frame from rank {} with {} has {} bytes; expected {}{}. fix: both ranks must "
+        "run one plan",
+        from, text_of(key), bytes, bound, expected);
+  }
+
+  result<void> copy_out(int from, const shm_link::frame& frame, std::byte* into) {
+    if (copy_with_checksum(into, frame.bytes.data(), frame.bytes.size()) != frame.checksum)
+      return corrupt(from, frame);
+    set_->received += frame.bytes.size();
+    return ok();
+  }
+
+  error corrupt(int from, const shm_link::frame& frame) {
+    return lose(from, errc::corrupt,
+                fmt::format("checksum of the frame with {} ({} bytes) differs from its bytes",
+                            text_of(frame.key), frame.bytes.size()));
+  }
+
+  /// A call on shared memory failed: because the link had ended, or because the peer broke its
+  /// rules and the link ends now.
+  error broken(int peer, const error& why) {
+    const auto itself = set_->link(peer).memory->broken();
+    return itself ? lose(peer, itself->code, itself->message) : why;
+  }
+
+  error lose(int peer, errc code, const std::string& why) {
+    asio::post(core_->io,
+               [c = core_.get(), set = set_, peer, code, why] { c->lose(set, peer, code, why); });
+    return core::lost_error(*set_, peer, code, why);
   }
 
   result<raw_bytes> take(int from, link_key key) {

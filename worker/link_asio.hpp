@@ -6,7 +6,8 @@
 // bounded time. Each frame: magic, job, generation, plan hash, step, tag, number, length, XXH3-64
 // of the payload. Sizes are checked against limits and the set's frame_bytes_max before any
 // allocation. Beats every 100 ms from the io thread; a peer silent for 1 s is suspected, a closed
-// socket is lost.
+// socket is lost. Between processes of one host frames travel through shared memory (link_shm), to
+// which both ends agree over the link that stands; beats and its close stay as they are.
 #pragma once
 
 #include <chrono>
@@ -41,6 +42,7 @@ class link_server {
     tls_files tls;           // mutual: both ends must show role `worker`
     std::string name;        // of this worker, for its line
     process_id process;      // of this worker; empty: nobody reaches it by a line
+    link_choice links = link_choice::automatic;
     std::chrono::milliseconds beat{100};
     std::chrono::milliseconds suspect_after{1000};
     std::chrono::milliseconds connect_within{5000};

@@ -9,13 +9,17 @@
 namespace stagecoach {
 namespace {
 
-// As text: "SLG1", "SLL1", "SLR1", "SLF1", "SLM1". Not printable protocols' first letters (GET,
-// SSH, 0x16 of TLS).
+// As text: "SLG1", "SLL1", "SLR1", "SLO1", "SLF1", "SLM1". Not printable protocols' first letters
+// (GET, SSH, 0x16 of TLS).
 constexpr std::uint32_t greeting_magic = 0x31474c53;
 constexpr std::uint32_t line_greeting_magic = 0x314c4c53;
 constexpr std::uint32_t reply_magic = 0x31524c53;
+constexpr std::uint32_t offer_magic = 0x314f4c53;
 constexpr std::uint32_t frame_magic = 0x31464c53;
 constexpr std::uint32_t line_frame_magic = 0x314d4c53;
+
+// In a word that releases before it left zero, and did not read.
+constexpr std::uint32_t memory_flag = 1;
 
 constexpr std::size_t process_bytes = 32;
 constexpr std::size_t name_field_bytes = 64;
@@ -80,7 +84,7 @@ std::array<std::byte, greeting_bytes> encode(const link_greeting& greeting) {
       .u32(greeting.from_rank)
       .u32(greeting.to_rank)
       .u32(greeting.size)
-      .u32(0);
+      .u32(greeting.takes_memory ? memory_flag : 0);
   out.u64(hash(bytes.data(), greeting_bytes - 8));
   return bytes;
 }
@@ -123,7 +127,7 @@ result<link_greeting> decode_greeting(std::span<const std::byte, greeting_bytes>
   greeting.from_rank = in.u32();
   greeting.to_rank = in.u32();
   greeting.size = in.u32();
-  in.u32();
+  greeting.takes_memory = (in.u32() & memory_flag) != 0;
   if (in.u64() != hash(bytes.data(), greeting_bytes - 8))
     return make_error(errc::corrupt, "checksum of the greeting differs from its bytes");
   if (greeting.size > static_cast<std::uint32_t>(limits::worker_count_max) ||
@@ -212,7 +216,7 @@ std::array<std::byte, reply_bytes> encode(const link_reply& reply) {
       .u32(reply_magic)
       .u32(reply.version)
       .u32(static_cast<std::uint32_t>(reply.verdict))
-      .u32(0);
+      .u32(reply.is_memory ? memory_flag : 0);
   return bytes;
 }
 
@@ -221,6 +225,7 @@ result<link_reply> decode_reply(std::span<const std::byte, reply_bytes> bytes) {
   const auto magic = in.u32();
   const auto version = in.u32();
   const auto verdict = in.u32();
+  const auto flags = in.u32();
   if (magic != reply_magic)
     return make_error(
         errc::bad_input,
@@ -230,7 +235,31 @@ result<link_reply> decode_reply(std::span<const std::byte, reply_bytes> bytes) {
   if (verdict > static_cast<std::uint32_t>(link_verdict::wrong_process))
     return make_error(errc::bad_input, "reply of version {} with unknown verdict {}", version,
                       verdict);
-  return link_reply{version, static_cast<link_verdict>(verdict)};
+  return link_reply{version, static_cast<link_verdict>(verdict), (flags & memory_flag) != 0};
+}
+
+std::array<std::byte, offer_bytes> encode(const memory_offer& offer) {
+  std::array<std::byte, offer_bytes> bytes{};
+  put(bytes.data()).u32(offer_magic).u32(link_protocol_version);
+  std::copy(offer.socket.begin(), offer.socket.end(), bytes.begin() + 8);
+  std::copy(offer.nonce.begin(), offer.nonce.end(), bytes.begin() + 24);
+  put(bytes.data() + offer_bytes - 8).u64(hash(bytes.data(), offer_bytes - 8));
+  return bytes;
+}
+
+result<memory_offer> decode_offer(std::span<const std::byte, offer_bytes> bytes) {
+  take in(bytes.data());
+  const auto magic = in.u32();
+  const auto version = in.u32();
+  if (magic != offer_magic || version != link_protocol_version)
+    return make_error(errc::bad_input, "bytes {:08x} of version {} where an offer should begin",
+                      magic, version);
+  if (take(bytes.data() + offer_bytes - 8).u64() != hash(bytes.data(), offer_bytes - 8))
+    return make_error(errc::corrupt, "checksum of the offer differs from its bytes");
+  memory_offer offer;
+  std::copy_n(bytes.begin() + 8, offer.socket.size(), offer.socket.begin());
+  std::copy_n(bytes.begin() + 24, offer.nonce.size(), offer.nonce.begin());
+  return offer;
 }
 
 std::array<std::byte, frame_header_bytes> encode(const frame_header& header) {

@@ -6,7 +6,9 @@
 //
 //   dialler   -> acceptor   greeting   64 bytes: prelude of 16 (magic, version, length), body of 48
 //                       or for a line  152 bytes: the same prelude, body of 136
-//   acceptor  -> dialler    reply      16 bytes: magic, version, verdict
+//   acceptor  -> dialler    reply      16 bytes: magic, version, verdict, flags
+//                           offer      48 bytes, where both ends take shared memory
+//   dialler   -> acceptor   reply      16 bytes, to an offer
 //   link, both ways         frame      80 bytes of header, then `length` bytes of payload
 //   line, dialler's         frame      40 bytes of header, then `length` bytes of text
 //   line, acceptor's        frame      40 bytes: which number has arrived
@@ -44,7 +46,8 @@ struct link_greeting {
   link_identity identity;
   std::uint32_t from_rank = 0;
   std::uint32_t to_rank = 0;
-  std::uint32_t size = 0;  // ranks in the generation
+  std::uint32_t size = 0;     // ranks in the generation
+  bool takes_memory = false;  // would rather have the link in shared memory
 };
 
 std::array<std::byte, greeting_bytes> encode(const link_greeting& greeting);
@@ -100,11 +103,26 @@ inline constexpr std::size_t reply_bytes = 16;
 struct link_reply {
   std::uint32_t version = link_protocol_version;
   link_verdict verdict = link_verdict::welcome;
+  // With welcome: an offer follows. As the answer to the offer: the link is in shared memory.
+  bool is_memory = false;
 };
 
 std::array<std::byte, reply_bytes> encode(const link_reply& reply);
 /// Fails: bad_input (not a reply, unknown verdict).
 result<link_reply> decode_reply(std::span<const std::byte, reply_bytes> bytes);
+
+// ---- offer: where the acceptor's end of a link in shared memory can be had, on its host
+
+inline constexpr std::size_t offer_bytes = 48;
+
+struct memory_offer {
+  std::array<std::byte, 16> socket{};  // its abstract Unix socket; any user of the host can see it
+  std::array<std::byte, 16> nonce{};   // to be said there: only who reads this link knows it
+};
+
+std::array<std::byte, offer_bytes> encode(const memory_offer& offer);
+/// Fails: bad_input (not an offer), corrupt (checksum).
+result<memory_offer> decode_offer(std::span<const std::byte, offer_bytes> bytes);
 
 // ---- frame
 

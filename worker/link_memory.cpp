@@ -72,14 +72,17 @@ class memory_links final : public link_set {
   result<void> receive(int from, link_key key, std::span<std::byte> into) override {
     auto frame = take(from, key);
     if (!frame) return frame.err();
-    if (frame->size() != into.size())
-      return make_error(
-          errc::bad_input,
-          "frame from rank {} with tag {} step {} number {} has {} bytes; expected {}. "
-          "fix: both ranks must run one plan",
-          from, static_cast<unsigned>(key.tag), key.step, key.number, frame->size(), into.size());
+    if (frame->size() != into.size()) return other_size(from, key, frame->size(), into.size());
     if (!into.empty()) std::memcpy(into.data(), frame->data(), into.size());
     return ok();
+  }
+
+  result<held_frame> receive_held(int from, link_key key, std::size_t bytes) override {
+    auto frame = take(from, key);
+    if (!frame) return frame.err();
+    if (frame->size() != bytes) return other_size(from, key, frame->size(), bytes);
+    auto held = std::make_shared<const std::vector<std::byte>>(*std::move(frame));
+    return held_frame{*held, held};
   }
 
   result<std::vector<std::byte>> receive_any(int from, link_key key,
@@ -93,6 +96,8 @@ class memory_links final : public link_set {
           from, static_cast<unsigned>(key.tag), key.step, key.number, frame->size(), bytes_max);
     return frame;
   }
+
+  link_kind kind(int) const override { return link_kind::in_process; }
 
   void cancel() override {
     {
@@ -127,6 +132,12 @@ class memory_links final : public link_set {
   error cancelled_error() const {
     return make_error(errc::cancelled, "links of rank {} were cancelled", rank_);
   }
+  static error other_size(int from, link_key key, std::size_t bytes, std::size_t expected) {
+    return make_error(errc::bad_input,
+                      "frame from rank {} with tag {} step {} number {} has {} bytes; expected {}. "
+                      "fix: both ranks must run one plan",
+                      from, static_cast<unsigned>(key.tag), key.step, key.number, bytes, expected);
+  }
   static error gone_error(int peer) {
     return make_error(errc::unreachable, "rank {} is gone: it closed its links", peer);
   }
@@ -158,6 +169,18 @@ class memory_links final : public link_set {
 };
 
 }  // namespace
+
+const char* to_string(link_kind kind) {
+  switch (kind) {
+    case link_kind::in_process:
+      return "in_process";
+    case link_kind::shared_memory:
+      return "shared_memory";
+    case link_kind::tcp:
+      return "tcp";
+  }
+  return "unknown";
+}
 
 std::vector<std::unique_ptr<link_set>> make_memory_links(int size) {
   invariant(size >= 1, "a set of links has at least one rank");

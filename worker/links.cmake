@@ -10,15 +10,17 @@ if(STAGECOACH_SANITIZE STREQUAL "thread")
   target_compile_options(sc_asio PUBLIC -Wno-tsan)
 endif()
 
-add_library(sc_links STATIC link_memory.cpp link_frame.cpp connection_asio.cpp peer_line_asio.cpp link_asio.cpp)
+add_library(sc_links STATIC link_memory.cpp link_frame.cpp link_shm.cpp connection_asio.cpp peer_line_asio.cpp
+  link_upgrade_asio.cpp link_asio.cpp)
 target_link_libraries(sc_links
   PUBLIC sc_config
   PRIVATE sc_log sc_asio sc_tls PkgConfig::XXHASH)
 
 add_executable(test_links
   ${CMAKE_SOURCE_DIR}/tests/doctest_main.cpp
-  ${CMAKE_SOURCE_DIR}/tests/link_memory_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/link_test.cpp
   ${CMAKE_SOURCE_DIR}/tests/link_frame_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/link_shm_test.cpp
   ${CMAKE_SOURCE_DIR}/tests/link_asio_test.cpp
   ${CMAKE_SOURCE_DIR}/tests/peer_line_test.cpp)
 target_link_libraries(test_links PRIVATE sc_links sc_log OpenSSL::Crypto doctest::doctest PkgConfig::XXHASH)

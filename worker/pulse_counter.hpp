@@ -74,6 +74,11 @@ class watched_links final : public link_set {
     const auto waiting = wait_for(from);
     return links_->receive_any(from, key, bytes_max);
   }
+  result<held_frame> receive_held(int from, link_key key, std::size_t bytes) override {
+    const auto waiting = wait_for(from);
+    return links_->receive_held(from, key, bytes);
+  }
+  link_kind kind(int peer) const override { return links_->kind(peer); }
   void cancel() override { links_->cancel(); }
   std::uint64_t bytes_sent() const override { return links_->bytes_sent(); }
   std::uint64_t bytes_received() const override { return links_->bytes_received(); }

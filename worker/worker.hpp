@@ -11,6 +11,7 @@
 #include "config/result.hpp"
 #include "config/tls.hpp"
 #include "worker/fault_injection.hpp"
+#include "worker/link.hpp"
 
 namespace stagecoach {
 
@@ -23,6 +24,7 @@ struct worker_options {
   std::string isa;                      // "" = best of this CPU
   std::string link_host = "127.0.0.1";  // address that other workers dial
   std::uint16_t link_port = 0;          // 0: any free one
+  link_choice links = link_choice::automatic;
   tls_files tls;
   bool insecure = false;               // allows a plain link port on other than loopback
   std::vector<injected_fault> faults;  // for tests

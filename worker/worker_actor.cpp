@@ -176,6 +176,7 @@ class running_worker : public worker {
     link_options.host = options.link_host;
     link_options.port = options.link_port;
     link_options.tls = options.tls;
+    link_options.links = options.links;
     auto links = link_server::start(link_options);
     if (!links) return links.err();
     world_.links = std::move(*links);

@@ -43,6 +43,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     return g;
   });
   try_decode<reply_bytes>(data, size, [](const auto& b) { return decode_reply(b); });
+  try_decode<offer_bytes>(data, size, [](const auto& b) { return decode_offer(b); });
   try_decode<frame_header_bytes>(data, size, [&](const auto& b) {
     auto h = decode_frame(b, length_max);
     if (h && h->length > length_max) std::abort();
@@ -75,6 +76,7 @@ int main(int argc, char** argv) {
   const std::vector<std::vector<std::uint8_t>> seeds{
       vector_of(encode(link_greeting{{job_id{1}, {2, 3}}, 0, 1, 2})),
       vector_of(encode(link_reply{})),
+      vector_of(encode(memory_offer{{std::byte{7}}, {std::byte{9}}})),
       vector_of(encode(frame_header{})),
       vector_of(encode(frame_header{frame_kind::beat, {job_id{1}, {2, 3}}})),
       vector_of(encode(line_greeting{process_id(32, 'a'), process_id(32, '7'), "worker-3"})),
