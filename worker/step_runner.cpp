@@ -80,14 +80,14 @@ step_runner::step_runner(const job_spec& spec, const plan& shape, int rank, stag
       valid_(std::move(valid)),
       copies_(copies) {
   const int replicas = shape.shape.replica_count;
-  shares_.resize(static_cast<std::size_t>(replicas));
+  std::vector<std::vector<gradient_stretch>> shares(static_cast<std::size_t>(replicas));
   if (is_sharded(spec, replicas)) {
     std::vector<int> tensors;
     for (const tensor_info& t : stage_.tensors()) tensors.push_back(t.index);
     const std::vector<int> owners = moment_owners(spec.model, tensors, replicas);
     for (std::size_t i = 0; i < tensors.size(); ++i) owner_of_[tensors[i]] = owners[i];
     for (const gradient_slot& slot : stage_.gradient_layout()) {
-      auto& own = shares_[static_cast<std::size_t>(owner_of_.at(slot.tensor_index))];
+      auto& own = shares[static_cast<std::size_t>(owner_of_.at(slot.tensor_index))];
       // Neighbours in the buffer become one; the few floats of padding between them travel too.
       if (!own.empty() && slot.offset - own.back().end < 16) {
         own.back().end = slot.offset + slot.count;
@@ -98,9 +98,10 @@ step_runner::step_runner(const job_spec& spec, const plan& shape, int rank, stag
   } else {
     for (int k = 0; k < replicas; ++k) {
       const auto [begin, end] = range_of(stage_.gradient_count(), k, replicas);
-      shares_[static_cast<std::size_t>(k)].push_back({begin, end});
+      shares[static_cast<std::size_t>(k)].push_back({begin, end});
     }
   }
+  if (replicas > 1) make_reduction(std::move(shares));
   leaf_first_ = shape.shape.leaf_cuts[replica_];
   leaf_last_ = shape.shape.leaf_cuts[replica_ + 1];
   per_leaf_ = spec.batch.microbatch_count() / spec.batch.leaf_count;
@@ -185,6 +186,25 @@ result<void> step_runner::receive_for_copies(std::uint64_t step) {
     at += in.count;
   }
   return ok();
+}
+
+void step_runner::make_reduction(std::vector<std::vector<gradient_stretch>> shares) {
+  reduction_shape of;
+  of.replica = replica_;
+  of.shares = std::move(shares);
+  of.leaf_count = spec_.batch.leaf_count;
+  of.is_exact = spec_.optimizer.exact;
+  const int replicas = plan_.shape.replica_count;
+  for (int r = 0; r < replicas; ++r) {
+    of.ranks.push_back(plan_.rank_of(stage_index_, r));
+    of.blocks.push_back(maximal_blocks(plan_.shape.leaf_cuts[r], plan_.shape.leaf_cuts[r + 1]));
+    if (!of.is_exact) of.blocks.back().resize(1);
+  }
+  of.needs = [is_shared_out = !owner_of_.empty(), replicas, copies = spec_.elasticity.copies](
+                 int from, int to) {
+    return !is_shared_out || (to - from + replicas) % replicas <= copies;
+  };
+  reduction_.emplace(std::move(of), links_, device_);
 }
 
 step_runner::~step_runner() {
@@ -350,117 +370,14 @@ bool step_runner::keeps(int tensor_index, int replica) const {
   return (replica - owner->second + replicas) % replicas <= spec_.elasticity.copies;
 }
 
-namespace {
-std::uint64_t block_number(std::size_t stretch, int replica, std::size_t block) {
-  return static_cast<std::uint64_t>(stretch) << 48 | static_cast<std::uint64_t>(replica) << 32 |
-         block;
-}
-}  // namespace
-
 result<void> step_runner::reduce_replicas(std::uint64_t step) {
-  const int replicas = plan_.shape.replica_count;
-  const auto peer = [&](int replica) { return plan_.rank_of(stage_index_, replica); };
-
-  for (int k = 0; k < replicas; ++k) {
-    if (k == replica_) continue;
-    const auto& theirs = shares_[static_cast<std::size_t>(k)];
-    for (std::size_t j = 0; j < theirs.size(); ++j) {
-      for (std::size_t i = 0; i < stack_.size(); ++i) {
-        const link_key key{link_tag::leaf_block, step, block_number(j, k, i)};
-        if (auto sent =
-                links_.send(peer(k), key,
-                            bytes_of(stack_[i] + theirs[j].begin, theirs[j].end - theirs[j].begin));
-            !sent)
-          return sent;
-      }
-    }
-  }
-
   float* root = take_buffer();
-  const auto& mine = shares_[static_cast<std::size_t>(replica_)];
-  for (std::size_t j = 0; j < mine.size(); ++j) {
-    if (auto done = reduce_stretch(step, j, root); !done) {
-      free_.push_back(root);
-      return done;
-    }
+  if (auto done = reduction_->run(step, stack_, root); !done) {
+    free_.push_back(root);
+    return done;
   }
   for (float* p : stack_) free_.push_back(p);
   stack_.assign(1, root);
-
-  // To all; or, where the moments are shared out, to the neighbours that keep a copy of them.
-  const bool is_shared_out = !owner_of_.empty();
-  const auto needs = [&](int from, int to) {
-    return !is_shared_out || (to - from + replicas) % replicas <= spec_.elasticity.copies;
-  };
-  for (int r = 0; r < replicas; ++r) {
-    if (r == replica_ || !needs(replica_, r)) continue;
-    for (std::size_t j = 0; j < mine.size(); ++j) {
-      const link_key key{link_tag::reduced_range, step, block_number(j, replica_, 0)};
-      if (auto sent = links_.send(peer(r), key,
-                                  bytes_of(root + mine[j].begin, mine[j].end - mine[j].begin));
-          !sent)
-        return sent;
-    }
-  }
-  for (int r = 0; r < replicas; ++r) {
-    if (r == replica_ || !needs(r, replica_)) continue;
-    const auto& theirs = shares_[static_cast<std::size_t>(r)];
-    for (std::size_t j = 0; j < theirs.size(); ++j) {
-      const link_key key{link_tag::reduced_range, step, block_number(j, r, 0)};
-      if (auto got = links_.receive(
-              peer(r), key, writable(root + theirs[j].begin, theirs[j].end - theirs[j].begin));
-          !got)
-        return got;
-    }
-  }
-  return ok();
-}
-
-/// One stretch of mine: everyone's blocks in leaf order, mine in place, the others' into scratch
-/// buffers.
-result<void> step_runner::reduce_stretch(std::uint64_t step, std::size_t index, float* root) {
-  const int replicas = plan_.shape.replica_count;
-  const std::int64_t count = stage_.gradient_count();
-  const auto [begin, end] = shares_[static_cast<std::size_t>(replica_)][index];
-  const std::int64_t mine = end - begin;
-  std::vector<tree_node> nodes;
-  std::vector<float*> values;
-  std::vector<float*> scratch;
-  // Several blocks fit one whole-stage buffer, since a stretch is a part of it.
-  const std::int64_t per_buffer =
-      std::max<std::int64_t>(1, count / std::max<std::int64_t>(1, mine));
-  std::int64_t received = 0;
-  for (int r = 0; r < replicas; ++r) {
-    auto blocks = maximal_blocks(plan_.shape.leaf_cuts[r], plan_.shape.leaf_cuts[r + 1]);
-    if (!spec_.optimizer.exact) blocks.resize(1);
-    for (std::size_t i = 0; i < blocks.size(); ++i) {
-      nodes.push_back(blocks[i]);
-      if (r == replica_) {
-        values.push_back(stack_[i] + begin);
-        continue;
-      }
-      const std::int64_t at = received++ % per_buffer;
-      if (at == 0) scratch.push_back(take_buffer());
-      float* into = scratch.back() + at * mine;
-      values.push_back(into);
-      const link_key key{link_tag::leaf_block, step, block_number(index, replica_, i)};
-      if (auto got = links_.receive(plan_.rank_of(stage_index_, r), key, writable(into, mine));
-          !got) {
-        for (float* p : scratch) free_.push_back(p);
-        return got;
-      }
-    }
-  }
-  if (spec_.optimizer.exact) {
-    for (const merge& m : merge_order(nodes, spec_.batch.leaf_count))
-      device_.add(values[m.into], values[m.into], values[m.from], mine);
-  } else {
-    // By replica, one after the other: not by arrival, so that equal layouts give equal bits.
-    for (std::size_t r = 1; r < values.size(); ++r)
-      device_.add(values[0], values[0], values[r], mine);
-  }
-  device_.copy(root + begin, values[0], mine);
-  for (float* p : scratch) free_.push_back(p);
   return ok();
 }
 

@@ -27,6 +27,7 @@
 #include "model/stage.hpp"
 #include "worker/link.hpp"
 #include "worker/pulse_counter.hpp"
+#include "worker/replica_reduction.hpp"
 #include "worker/vote.hpp"
 
 namespace stagecoach {
@@ -93,12 +94,9 @@ class step_runner {
   std::int64_t allocated_bytes() const;
 
  private:
-  struct stretch {
-    std::int64_t begin = 0, end = 0;
-  };
   float* take_buffer();
   bool keeps(int tensor_index, int replica) const;
-  result<void> reduce_stretch(std::uint64_t step, std::size_t index, float* root);
+  void make_reduction(std::vector<std::vector<gradient_stretch>> shares);
   result<void> forward(const instruction& what);
   result<void> backward_input(const instruction& what);
   void backward_weight(const instruction& what);
@@ -135,7 +133,7 @@ class step_runner {
   std::vector<instruction> table_;
   // Sharded optimizer: by global tensor index of this stage, the replica that owns its moments.
   std::map<int, int> owner_of_;
-  std::vector<std::vector<stretch>> shares_;  // by replica, of the flat gradient
+  std::optional<replica_reduction> reduction_;  // several replicas
   std::int64_t leaf_first_ = 0, leaf_last_ = 0, per_leaf_ = 1;
   int microbatches_ = 0, slot_count_ = 1;
 
