@@ -40,6 +40,7 @@ struct bench_flags {
   std::string part = "all", peer, peer_script, precision = "both", shape = "both", save;
   int rounds = 5, threads = 2, kills = 20;
   elastic_flags elastic;
+  comm_flags comm;
 };
 
 std::string cpu_name() {
@@ -89,6 +90,7 @@ class bench_run {
     figure("environment", environment());
     if (all || own_.part == "step") step();
     if (all || own_.part == "kernels") kernels();
+    if (own_.part == "comm") return comm();
     if (all || own_.part == "overhead") overhead();
     if (all || own_.part == "scale") scale();
     if (all || own_.part == "recovery") recovery();
@@ -115,6 +117,17 @@ class bench_run {
       std::printf("\n");
     }
     std::fflush(stdout);
+  }
+
+  exit_code comm() {
+    comm_flags own = own_.comm;
+    own.rounds = own_.rounds;
+    own.peer = own_.peer;
+    own.peer_script = own_.peer_script;
+    own.load_now = load_now;
+    return bench_comm(flags_, own, [this](const std::string& name, json values) {
+      figure(name, std::move(values));
+    });
   }
 
   // ---- one worker's step, against PyTorch
@@ -500,8 +513,8 @@ void add_bench(command_line c) {
   auto own = std::make_shared<bench_flags>();
   CLI::App* app =
       c.app.add_subcommand("bench",
-                           "speed: step, kernels, overhead, scale, recovery, checkpoint; elastic: "
-                           "what failures and changes cost");
+                           "speed: step, kernels, overhead, scale, recovery, checkpoint; comm: "
+                           "links between two processes; elastic: what failures and changes cost");
   app->footer(
       "examples:\n"
       "  stagecoach bench\n"
@@ -509,14 +522,16 @@ void add_bench(command_line c) {
       "jsonl\n"
       "  stagecoach bench kernels --shape d6/384 --precision bf16\n"
       "  stagecoach bench recovery --kills 50\n"
+      "  stagecoach bench comm --peer VENV         beside Gloo, from a Python venv with PyTorch\n"
       "  stagecoach bench elastic --peer VENV      beside torchrun, from a Python venv with "
       "PyTorch\n"
       "  stagecoach bench elastic --only kill,join --events 5");
-  app->add_option("PART", own->part,
-                  "all, step, kernels, overhead, scale, recovery, checkpoint; or elastic (not in "
-                  "all)")
-      ->check(CLI::IsMember(
-          {"all", "step", "kernels", "overhead", "scale", "recovery", "checkpoint", "elastic"}));
+  app->add_option(
+         "PART", own->part,
+         "all, step, kernels, overhead, scale, recovery, checkpoint; or comm, elastic (not "
+         "in all)")
+      ->check(CLI::IsMember({"all", "step", "kernels", "overhead", "scale", "recovery",
+                             "checkpoint", "comm", "elastic"}));
   app->add_option("--precision", own->precision, "step, kernels: fp32, bf16 or both")
       ->check(CLI::IsMember({"both", "fp32", "bf16"}));
   app->add_option("--shape", own->shape, "step, kernels: d6/384, d12/768 or both")
@@ -532,10 +547,17 @@ void add_bench(command_line c) {
   app->add_option("--peer", own->peer,
                   "a Python with PyTorch; its step takes turns with ours (elastic: or its venv)");
   app->add_option("--peer-script", own->peer_script,
-                  "the peer's step (default tools/bench_peer_torch.py; elastic: "
-                  "tools/bench_peer_elastic.py)");
+                  "the peer's step (default tools/bench_peer_torch.py; comm: "
+                  "tools/bench_peer_gloo.py, elastic: tools/bench_peer_elastic.py)");
+  // For the other rank of comm, which comm itself starts.
+  app->add_option("--partner", own->comm.partner)->group("");
+  app->add_option("--links", own->comm.links)
+      ->transform(CLI::CheckedTransformer(std::map<std::string, link_choice>{
+          {"tcp", link_choice::tcp}, {"shared-memory", link_choice::shared_memory}}))
+      ->group("");
   app->callback([c, own] {
     c.run = [c, own] {
+      if (!own->comm.partner.empty()) return bench_comm(c.flags, own->comm, nullptr);
       watch_interrupts();
       if (own->part == "elastic") {
         own->elastic.rounds = own->rounds;
@@ -543,7 +565,8 @@ void add_bench(command_line c) {
         own->elastic.peer_script = own->peer_script;
         return bench_elastic(c.flags, own->elastic);
       }
-      if (own->peer_script.empty()) own->peer_script = "tools/bench_peer_torch.py";
+      if (own->peer_script.empty() && own->part != "comm")
+        own->peer_script = "tools/bench_peer_torch.py";
       return bench_run(c.flags, *own).run();
     };
   });

@@ -1,15 +1,18 @@
-// What the parts of `stagecoach bench` share: medians, a figure's line, the elastic part's face.
+// What the parts of `stagecoach bench` share: medians, a figure's line, the faces of elastic and
+// comm.
 #pragma once
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "kernels/backend.hpp"
 #include "tools/command.hpp"
+#include "worker/link.hpp"
 
 namespace stagecoach {
 
@@ -56,5 +59,18 @@ struct elastic_flags {
 
 /// Issue "elastic to the last bit", its table of targets, measured; bench_elastic.cpp.
 exit_code bench_elastic(const global_flags& flags, const elastic_flags& own);
+
+struct comm_flags {
+  int rounds = 5;
+  std::string peer, peer_script;
+  std::function<double()> load_now;
+  // Set in the process that is the other rank.
+  std::string partner;  // HOST:PORT of who started it
+  link_choice links = link_choice::automatic;
+};
+
+/// Links between processes of this host, each kind beside PyTorch's Gloo; bench_comm.cpp.
+exit_code bench_comm(const global_flags& flags, const comm_flags& own,
+                     const std::function<void(const std::string&, nlohmann::json)>& figure);
 
 }  // namespace stagecoach
