@@ -139,6 +139,7 @@ class cluster {
   void check_deputy(const process_ptr& p, const commit& c);
   void check_one_run();
   void check_log(std::uint64_t job);
+  void check_not_forgotten(const std::shared_ptr<connection>& c, const beat& b);
   void cut_off();
   /// A deputy decided for this job: the coordinator is no longer the only one whose word counts,
   /// so what the oracle derives from its words alone does not hold until it has the job again.
@@ -189,6 +190,7 @@ class cluster {
   void ask_alive(const process_ptr& p, const probe& question);
   trainer_pulse pulse_of(const process_ptr& p);
   void hangs(std::uint64_t seed);
+  void rivals(std::uint64_t seed);
   void check_stuck(const event_record& noted);
   void to_trainer(const process_ptr& p, const to_worker& message);
   void load(const process_ptr& p, const commit& c);

@@ -65,6 +65,7 @@ void cluster::set_up(std::uint64_t seed) {
   }
   in(500 * ms, [this] { faults(); });
   hangs(seed);
+  rivals(seed);
 }
 
 job_spec cluster::make_spec(int index) {

@@ -208,6 +208,7 @@ void cluster::carry_out(const coordinator_ptr& c, action& a) {
     say("   [{}] {}: {}", value(e.job), e.kind, e.text);
     if (c->is_fenced) return;  // what it thinks is no longer the run's story
     if (e.kind == "divergence") violate("divergence: {}", e.text);
+    if (e.kind == "generation_failed") c->ran.erase(value(e.job));
     if (e.kind == "feed_started") ++result_.feeds;
     if (e.kind == "feed_done") ++result_.fed_switches;
     if (e.kind == "worker_lost") ++result_.lost_workers;

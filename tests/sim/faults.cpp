@@ -19,6 +19,32 @@ void cluster::kill(const process_ptr& p) {
   in(delay(100 * ms, 8 * second), [this, name = p->name] { start_process(name); });
 }
 
+/// Another coordinator is started while one lives that does not know of it (a stop too short to
+/// notice, and somebody impatient), and channels break while both answer. Generators of their own:
+/// other histories stay as they were.
+void cluster::rivals(std::uint64_t seed) {
+  if (seed % 11 != 5) return;
+  auto own = std::make_shared<std::mt19937_64>(mix(seed, hash_name("rival")));
+  every(second, 250 * ms, [this, own] {
+    const std::uint64_t what = (*own)() % 40, which = (*own)(), for_ms = 1'000 + (*own)() % 8'000;
+    if (!are_faults_on_) return false;
+    const bool are_two = former_ && former_->is_alive && coordinator_;
+    if (are_two) {
+      std::uint64_t n = which;
+      for (auto& [name, p] : processes_) {
+        if (p->is_alive && p->channel && (n >>= 1) % 2 == 0) cut(p->channel, ms, ms);
+      }
+    } else if (what == 0 && coordinator_ && !coordinator_->is_frozen) {
+      say("a second coordinator is started");
+      disturb(60 * second);
+      const coordinator_ptr c = former_ = coordinator_;
+      start_coordinator();
+      in(static_cast<us>(for_ms) * ms, [this, c] { crash(c, "it has a successor"); });
+    }
+    return true;
+  });
+}
+
 void cluster::faults() {
   if (now_ >= faults_until_) {
     say("faults end");

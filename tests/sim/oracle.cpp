@@ -187,6 +187,14 @@ void cluster::check_sent(const std::shared_ptr<connection>& c, const to_worker& 
         seat != seat_.end() && seat->second != x->job && c->who->machine->job() == seat->second)
       violate("{} is asked for job {} while it has a place in job {}", c->who->name, x->job,
               seat->second);
+    c->whom->ran.erase(x->job);
+    c->whom->resumed.erase(x->job);
+  } else if (const auto* r = std::get_if<run_stage>(&message)) {
+    c->whom->ran[r->job] = c->told_run[r->job] = r->generation;
+  } else if (const auto* g = std::get_if<resume_stage>(&message)) {
+    const std::uint64_t at = c->who->trainer.step;
+    c->whom->resumed[g->job] = std::max(c->whom->resumed[g->job], at);
+    c->told_resume[g->job] = std::max(c->told_resume[g->job], at);
   } else if (const auto* k = std::get_if<commit>(&message)) {
     check_commit(c->whom, *k);
   } else if (const auto* d = std::get_if<checkpoint_durable>(&message)) {
@@ -255,7 +263,9 @@ void cluster::check_decided(const coordinator_ptr& by, const commit& c) {
 
 void cluster::check_commit(const coordinator_ptr& by, const commit& c) {
   const std::uint64_t job = value(c.shape.job), number = c.shape.generation;
-  if (by->is_fenced) return violate("a coordinator that has a successor commits");
+  // What was decided before may be said again, to who lost it with its channel.
+  if (by->is_fenced && !asked_[{job, number}].is_committed)
+    return violate("a coordinator that has a successor commits");
   const std::uint64_t hash = plan_hash(c.shape);
   if (plans_.emplace(std::tuple(job, number, std::string()), hash).first->second != hash)
     violate("two plans have number {} of job {}", number, job);
@@ -399,6 +409,7 @@ void cluster::heard(const std::shared_ptr<connection>& c, const to_coordinator& 
       violate("{} does not send its report of step {} though it is connected again", p->name,
               p->owed.begin()->first.second);
     }
+    check_not_forgotten(c, *b);
   } else if (const auto* g = std::get_if<progress>(&message)) {
     for (const step_report& s : g->steps) {
       reported(g->job, g->generation, s.step);
@@ -410,6 +421,28 @@ void cluster::heard(const std::shared_ptr<connection>& c, const to_coordinator& 
   } else if (const auto* f = std::get_if<finished>(&message)) {
     reported(f->job, f->generation, f->step);
   }
+}
+
+/// Nobody is left behind where the others were told to run, or to go on after a hold: what was told
+/// to it may be lost with its channel, and it is told again on the next.
+void cluster::check_not_forgotten(const std::shared_ptr<connection>& c, const beat& b) {
+  const coordinator_ptr& by = c->whom;
+  const process_ptr& p = c->who;
+  const committed& newest = committed_[b.job];
+  const bool is_decided = by->todo.empty() && !by->is_saving && !by->is_fenced;
+  const auto seat = seat_.find(p->id);
+  const bool is_member = b.job != 0 && !is_shared(b.job) && newest.number == b.generation &&
+                         p->trainer.hash == newest.hash && seat != seat_.end() &&
+                         seat->second == b.job;
+  const auto ran = by->ran.find(b.job);
+  if (!is_decided || !is_member || ran == by->ran.end() || ran->second != b.generation) return;
+  if (b.phase == static_cast<int>(worker_phase::ready) && c->told_run[b.job] != b.generation)
+    violate("{} is ready in generation {}, which runs, and is not told to", p->name, b.generation);
+  const auto resumed = by->resumed.find(b.job);
+  if (b.phase == static_cast<int>(worker_phase::held) && resumed != by->resumed.end() &&
+      b.step <= resumed->second && c->told_resume[b.job] < b.step)
+    violate("{} holds at step {} of job {}, and is not told that the others went on", p->name,
+            b.step, b.job);
 }
 
 std::string words(std::string text) {

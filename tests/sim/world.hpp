@@ -79,7 +79,10 @@ struct coordinator_process {
   std::vector<actions::row> unsynced;  // written; a crash may lose the end of them
   std::deque<logged_step> unsynced_log;
   std::vector<std::function<void()>> deferred;
-  std::map<std::uint64_t, std::uint64_t> reported;  // the oracle's: by job, newest step it heard of
+  // The oracle's, by job: newest step it heard of; the generation that it told to run; and the step
+  // after which it let somebody go on.
+  std::map<std::uint64_t, std::uint64_t> reported, ran;
+  std::map<std::uint64_t, std::uint64_t> resumed;
 };
 using coordinator_ptr = std::shared_ptr<coordinator_process>;
 
@@ -89,6 +92,8 @@ struct connection {
   coordinator_ptr whom;
   bool is_open = true;
   us last_up = 0, last_down = 0;
+  // The oracle's: generation that it was told to run on this channel, step to go on from.
+  std::map<std::uint64_t, std::uint64_t> told_run, told_resume;
 };
 
 /// What a sender gives a receiver after one step.
