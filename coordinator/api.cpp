@@ -419,6 +419,34 @@ http_response no_such_path(const http_request& r) {
   return error_response(404, "not_found", fmt::format("no such path: {}; see docs/api.md", r.path));
 }
 
+/// {"first": 100, "last": 102}, or {"next": 3}: so many steps from the first that all can hear of.
+api_outcome trace_of(const json& body, job_id id, const api_state& s) {
+  const auto field = [&body](const char* name) -> result<std::uint64_t> {
+    const auto found = body.find(name);
+    if (found == body.end() || found->is_null()) return std::uint64_t{0};
+    if (!found->is_number_unsigned())
+      return make_error(errc::bad_input, "\"{}\": expected a whole number", name);
+    return found->get<std::uint64_t>();
+  };
+  auto first = field("first"), last = field("last"), next = field("next");
+  for (const auto* n : {&first, &last, &next})
+    if (!*n) return error_answer(n->err());
+  if ((*next == 0) == (*first == 0) || (*first == 0) != (*last == 0) ||
+      *next > trace_desk::steps_max)
+    return error_answer(
+        make_error(errc::bad_input,
+                   "expected {{\"first\": 100, \"last\": 102}} or {{\"next\": 3}}, {} "
+                   "steps at most",
+                   trace_desk::steps_max));
+  if (*next == 0) return api_trace{id, *first, *last};
+  const job_facts facts = facts_of(s, id, *s.machine.job(id));
+  // Half a second for the order to reach everybody.
+  const double margin = facts.step_s > 0 ? 0.5 / facts.step_s : 0;
+  const std::uint64_t begin =
+      facts.view.step + 2 + static_cast<std::uint64_t>(std::min(margin, 1e6));
+  return api_trace{id, begin, begin + *next - 1};
+}
+
 api_outcome route_job(const http_request& r, const api_state& s, job_id id,
                       const std::vector<std::string>& path) {
   const bool is_get = r.method == "GET" || r.method == "HEAD";
@@ -445,6 +473,20 @@ api_outcome route_job(const http_request& r, const api_state& s, job_id id,
     auto now = flag_field(*body, "now", false);
     if (!now) return error_answer(now.err());
     return api_event{events::cancel_job{id, *now, {}}};
+  }
+  if (what == "trace" && path.size() == 3) {
+    if (!is_get && r.method != "POST") return wrong_method(r, "GET, POST");
+    if (is_get) {
+      const trace* t = s.traces.find(id);
+      if (t == nullptr)
+        return error_response(404, "not_found",
+                              "no trace of this job. next: POST {\"next\": 3} here, or stagecoach "
+                              "trace JOB");
+      return trace_answer(*t);
+    }
+    auto body = body_of(r);
+    if (!body) return error_answer(body.err());
+    return trace_of(*body, id, s);
   }
   if (what == "checkpoints" && path.size() == 4 && path[3] == "verify") {
     if (r.method != "POST") return wrong_method(r, "POST");
@@ -658,6 +700,34 @@ http_response log_answer(const vote_log& log) {
   json answer{{"steps", std::move(steps)}, {"gaps", std::move(gaps)}, {"next", nullptr}};
   if (log.is_cut) answer["next"] = log.rows.back().step + 1;
   return json_answer(200, answer);
+}
+
+http_response trace_answer(const trace& t) {
+  json workers = json::array();
+  for (const auto& [id, m] : t.members) {
+    json steps = json::array();
+    for (const auto& [step, x] : m.steps)
+      steps.push_back({{"step", step},
+                       {"generation", x.generation},
+                       {"began_ns", x.began_ns},
+                       {"is_cut", x.is_cut},
+                       {"spans", x.spans}});
+    workers.push_back({{"name", m.name},
+                       {"host", m.host},
+                       {"rank", m.rank},
+                       {"stage", m.stage},
+                       {"replica", m.replica},
+                       {"clock_offset_ns", m.offset_ns},
+                       {"clock_error_ns", m.error_ns < 0 ? json(nullptr) : json(m.error_ns)},
+                       {"steps", std::move(steps)}});
+  }
+  const auto missing = t.missing();
+  return json_answer(200, {{"request", t.request},
+                           {"first", t.first},
+                           {"last", t.last},
+                           {"is_whole", missing.empty()},
+                           {"missing", missing},
+                           {"workers", std::move(workers)}});
 }
 
 http_response generations_answer(const std::vector<generation_record>& list) {

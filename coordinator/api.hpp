@@ -16,6 +16,7 @@
 #include "coordinator/gateway.hpp"
 #include "coordinator/run_history.hpp"
 #include "coordinator/submission.hpp"
+#include "coordinator/trace_desk.hpp"
 #include "coordinator/vote_log.hpp"
 
 namespace stagecoach {
@@ -25,6 +26,7 @@ inline constexpr const char* program_version = "0.1.0";
 struct api_state {
   const cluster_machine& machine;
   const run_history& history;
+  const trace_desk& traces;
   std::int64_t unix_ms = 0;
   std::string store_problem;  // empty: the store takes writes
   std::uint64_t refused_handshakes = 0;
@@ -58,12 +60,17 @@ struct api_log {
 struct api_generations {
   job_id job{};
 };
+/// Begin a trace: of the steps first .. last, or of the next ones.
+struct api_trace {
+  job_id job{};
+  std::uint64_t first = 0, last = 0;
+};
 /// An event for the machine; the shell gives it a reply id.
 struct api_event {
   event what;
 };
 using api_outcome = std::variant<http_response, api_submit, api_plan, api_checkpoints, api_manifest,
-                                 api_log, api_generations, api_event>;
+                                 api_log, api_generations, api_trace, api_event>;
 
 /// Rows of one answer of the vote log.
 inline constexpr std::size_t log_rows_max = 10'000;
@@ -81,6 +88,7 @@ http_response accepted_answer(const actions::reply_value& value, const cluster_m
 http_response checkpoints_answer(const std::vector<checkpoint_entry>& entries, check_depth depth,
                                  const std::map<std::uint64_t, checkpoint_record>& index);
 http_response log_answer(const vote_log& log);
+http_response trace_answer(const trace& t);
 http_response generations_answer(const std::vector<generation_record>& list);
 http_response manifest_answer(const checkpoint_keeper& keeper, const job_place& job,
                               const checkpoint_entry& entry);

@@ -510,6 +510,13 @@ cluster_machine::worker* cluster_machine::by_connection(connection_id connection
   return nullptr;
 }
 
+worker_id cluster_machine::worker_on(connection_id connection) const {
+  for (const auto& [id, w] : workers_) {
+    if (w.connection == connection && connection != connection_id{}) return id;
+  }
+  return {};
+}
+
 cluster_machine::worker* cluster_machine::by_name(const std::string& name) {
   for (auto& [id, w] : workers_) {
     if (w.record.name == name || to_string(id) == name) return &w;

@@ -147,6 +147,13 @@ class cluster_machine {
   /// By id text ("j-000012", "12") or by name (the newest of that name).
   std::optional<job_id> find_job(const std::string& text) const;
   std::vector<worker_view> workers() const;
+  /// 0: it is away.
+  connection_id connection_of(worker_id id) const {
+    const auto found = workers_.find(id);
+    return found == workers_.end() ? connection_id{} : found->second.connection;
+  }
+  /// 0: no worker greeted on this connection.
+  worker_id worker_on(connection_id connection) const;
   /// Why is it pending, slow, restarting: words with numbers; empty if there is no such job.
   std::string why(job_id id) const;
   /// Messages dropped since they came from no registered connection or of a stale generation.

@@ -67,6 +67,12 @@ struct asked {
 struct checked {
   std::shared_ptr<const checked_job> what;
 };
+/// What no machine has a part in: traces, clocks.
+struct observed {
+  connection_id connection{};
+  std::shared_ptr<const to_coordinator> what;
+  std::int64_t heard_ns = 0;  // steady clock
+};
 struct durable {
   store_writer::ticket ticket = 0;
 };
@@ -80,6 +86,7 @@ CAF_ALLOW_UNSAFE_MESSAGE_TYPE(stagecoach::mail::begin)
 CAF_ALLOW_UNSAFE_MESSAGE_TYPE(stagecoach::mail::told)
 CAF_ALLOW_UNSAFE_MESSAGE_TYPE(stagecoach::mail::asked)
 CAF_ALLOW_UNSAFE_MESSAGE_TYPE(stagecoach::mail::checked)
+CAF_ALLOW_UNSAFE_MESSAGE_TYPE(stagecoach::mail::observed)
 CAF_ALLOW_UNSAFE_MESSAGE_TYPE(stagecoach::mail::durable)
 CAF_ALLOW_UNSAFE_MESSAGE_TYPE(stagecoach::mail::due)
 CAF_ALLOW_UNSAFE_MESSAGE_TYPE(stagecoach::mail::halt)
@@ -97,6 +104,7 @@ constexpr milliseconds tick_again{10};  // an event this long after a tick bring
 std::int64_t steady_ms() {
   return std::chrono::duration_cast<milliseconds>(steady::now().time_since_epoch()).count();
 }
+std::int64_t steady_ns() { return steady::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 std::int64_t unix_ms_now() {
   return std::chrono::duration_cast<milliseconds>(
              std::chrono::system_clock::now().time_since_epoch())
@@ -157,6 +165,12 @@ class shell {
     if (waiting_for_ != 0 && m.ticket >= waiting_for_) waiting_for_ = 0;
     carry_out();
   }
+  void on(const mail::observed& m) {
+    const worker_id from = machine_.worker_on(m.connection);
+    if (const auto* x = std::get_if<traced>(&*m.what)) traces_.take(from, *x);
+    if (const auto* x = std::get_if<clock_answer>(&*m.what))
+      send(traces_.take(from, *x, m.heard_ns));
+  }
   void on(const mail::asked& m) {
     auto outcome = route(m.what->request, state());
     std::visit([&](auto& x) { answer(x, *m.what); }, outcome);
@@ -171,7 +185,8 @@ class shell {
 
  private:
   api_state state() {
-    api_state s{machine_, history_, unix_ms_now(), world_.problem(), 0, 0, mailbox_messages};
+    api_state s{machine_,         history_, traces_, unix_ms_now(),
+                world_.problem(), 0,        0,       mailbox_messages};
     if (world_.port) {
       s.refused_handshakes = world_.port->refused_handshakes();
       s.connections = world_.port->connection_count();
@@ -234,6 +249,25 @@ class shell {
       auto list = read_generations(*world_.store, x.job);
       reply(list ? generations_answer(*list) : error_answer(list.err()));
     });
+  }
+  void answer(const api_trace& x, const question& q) {
+    const auto view = machine_.job(x.job);
+    auto orders =
+        view ? traces_.begin(x.job, x.first, x.last, view->members, view->stages, view->step)
+             : result<trace_desk::messages>(error{errc::not_found, "no such job"});
+    if (!orders) return q.reply(error_answer(orders.err()));
+    send(*orders);
+    q.reply(trace_answer(*traces_.find(x.job)));
+  }
+  /// A clock's question is stamped here, as late as can be.
+  void send(const trace_desk::messages& list) {
+    for (const auto& [to, message] : list) {
+      const connection_id connection = machine_.connection_of(to);
+      if (value(connection) == 0 || !world_.port) continue;
+      to_worker stamped = message;
+      if (auto* x = std::get_if<clock_question>(&stamped)) x->asked_ns = steady_ns();
+      world_.port->send(connection, encode(stamped));
+    }
   }
   void answer(api_event& x, const question& q) {
     if (refuse_without_store(q)) return;
@@ -429,6 +463,7 @@ class shell {
   state_paths paths_;
   cluster_machine machine_;
   run_history history_;
+  trace_desk traces_;
   std::deque<action> queue_;
   store_writer::ticket waiting_for_ = 0;  // 0: nothing
   std::int64_t ticked_ms_ = 0;
@@ -455,6 +490,7 @@ caf::behavior coordinator_actor(caf::event_based_actor* self, std::shared_ptr<sh
         s->on(m);
       },
       [s](const mail::checked& m) { s->on(m); },
+      [s](const mail::observed& m) { s->on(m); },
       [s](const mail::durable& m) { s->on(m); },
       [s](const mail::due& m) { s->on(m); },
       [s, self](const mail::halt&) {
@@ -654,6 +690,13 @@ class whole_coordinator final : public coordinator {
       if (const auto* greeting = std::get_if<hello>(&*message);
           greeting != nullptr && !may_be_called(id, *greeting))
         return;
+      if (std::holds_alternative<traced>(*message) ||
+          std::holds_alternative<clock_answer>(*message)) {
+        caf::anon_send(
+            to, mail::observed{id, std::make_shared<const to_coordinator>(std::move(*message)),
+                               steady_ns()});
+        return;
+      }
       tell(to, std::holds_alternative<hello>(*message)
                    ? event(events::worker_attached{id, std::get<hello>(*message)})
                    : event(events::worker_said{id, std::move(*message)}));

@@ -8,7 +8,7 @@ target_link_libraries(sc_wire PUBLIC sc_config sc_planning nlohmann_json::nlohma
 
 add_library(sc_coordinator_core STATIC
   decision.cpp job_adoption.cpp job_machine.cpp job_generation.cpp job_watch.cpp job_feed.cpp job_saves.cpp job_audit.cpp
-  cluster_patrol.cpp job_compete.cpp job_balance.cpp cluster_machine.cpp cluster_compete.cpp)
+  cluster_patrol.cpp job_compete.cpp job_balance.cpp trace_desk.cpp cluster_machine.cpp cluster_compete.cpp)
 target_link_libraries(sc_coordinator_core PUBLIC sc_wire sc_planning sc_tensor_names)
 add_library(sc_machines ALIAS sc_coordinator_core)
 
@@ -25,7 +25,8 @@ add_executable(test_coordinator
   ${CMAKE_SOURCE_DIR}/tests/worker_machine_test.cpp
   ${CMAKE_SOURCE_DIR}/tests/deputy_machine_test.cpp
   ${CMAKE_SOURCE_DIR}/tests/job_adoption_test.cpp
-  ${CMAKE_SOURCE_DIR}/tests/tensor_names_test.cpp)
+  ${CMAKE_SOURCE_DIR}/tests/tensor_names_test.cpp
+  ${CMAKE_SOURCE_DIR}/tests/trace_desk_test.cpp)
 target_link_libraries(test_coordinator PRIVATE sc_coordinator_core sc_worker_core sc_model
   doctest::doctest)
 add_test(NAME coordinator COMMAND test_coordinator)

@@ -20,6 +20,7 @@
 #include "config/ids.hpp"
 #include "config/job_spec.hpp"
 #include "model/plan.hpp"
+#include "model/schedule.hpp"
 
 namespace stagecoach {
 
@@ -271,6 +272,22 @@ struct audited {  // answers audit
   std::vector<int> stages;  // of the run, that held the weights that differ
 };
 
+/// What one rank did in one step, for `stagecoach trace`. Flat, four numbers an instruction, since
+/// a step may have thousands: traced_op, microbatch, begin and end in ns after began_ns.
+struct traced {
+  std::uint64_t job = 0, generation = 0, request = 0, step = 0;
+  std::int64_t began_ns = 0;  // this host's steady clock
+  std::vector<std::int64_t> spans;
+  bool is_cut = false;  // there were more than traced_spans_max
+};
+inline constexpr std::size_t traced_spans_max = 20'000;
+/// op of model/schedule.hpp, and behind them what follows the table.
+inline constexpr int traced_op_apply = static_cast<int>(op::step) + 1;
+struct clock_answer {
+  std::uint64_t number = 0;
+  std::int64_t asked_ns = 0, worker_ns = 0;
+};
+
 struct goodbye {  // orderly end of a worker process
   std::string reason;
 };
@@ -379,17 +396,27 @@ struct stop_audit {
   std::uint64_t audit = 0;
 };
 
+/// Say what is done in the steps first .. last (traced), if they are still to come.
+struct trace_steps {
+  std::uint64_t job = 0, request = 0, first = 0, last = 0;
+};
+struct clock_question {  // answered at once, by clock_answer: how far apart the clocks are
+  std::uint64_t number = 0;
+  std::int64_t asked_ns = 0;  // the coordinator's steady clock
+};
+
 struct stop_stage {  // forget the job
   std::uint64_t job = 0;
   std::string reason;
 };
 
-using to_coordinator = std::variant<hello, beat, prepared, ready, failed, progress, evaluated,
-                                    part_saved, held, finished, peer_report, log_line, goodbye,
-                                    plan_report, feed_ready, fed, probed, audited>;
-using to_worker =
-    std::variant<welcome, refused, prepare, commit, run_stage, give_order, resume_stage,
-                 checkpoint_durable, stop_stage, feed, stop_feed, probe, audit, stop_audit>;
+using to_coordinator =
+    std::variant<hello, beat, prepared, ready, failed, progress, evaluated, part_saved, held,
+                 finished, peer_report, log_line, goodbye, plan_report, feed_ready, fed, probed,
+                 audited, traced, clock_answer>;
+using to_worker = std::variant<welcome, refused, prepare, commit, run_stage, give_order,
+                               resume_stage, checkpoint_durable, stop_stage, feed, stop_feed, probe,
+                               audit, stop_audit, trace_steps, clock_question>;
 
 // ---- field lists
 // ------------------------------------------------------------------------------------
@@ -539,6 +566,14 @@ STAGECOACH_FIELDS(audit, v("job", m.job), v("audit", m.audit), v("spec", m.spec)
                   v("chain", m.chain), v("parts", m.parts), v("last", m.last), v("log", m.log),
                   v("after", m.after), v("layouts", m.layouts))
 STAGECOACH_FIELDS(stop_audit, v("audit", m.audit))
+STAGECOACH_FIELDS(traced, v("job", m.job), v("generation", m.generation), v("request", m.request),
+                  v("step", m.step), v("began_ns", m.began_ns), v("spans", m.spans),
+                  v("is_cut", m.is_cut))
+STAGECOACH_FIELDS(clock_answer, v("number", m.number), v("asked_ns", m.asked_ns),
+                  v("worker_ns", m.worker_ns))
+STAGECOACH_FIELDS(trace_steps, v("job", m.job), v("request", m.request), v("first", m.first),
+                  v("last", m.last))
+STAGECOACH_FIELDS(clock_question, v("number", m.number), v("asked_ns", m.asked_ns))
 
 #undef STAGECOACH_FIELDS
 

@@ -39,6 +39,10 @@ constexpr const char* name_of(tag<feed_ready>) { return "feed_ready"; }
 constexpr const char* name_of(tag<fed>) { return "fed"; }
 constexpr const char* name_of(tag<probed>) { return "probed"; }
 constexpr const char* name_of(tag<audited>) { return "audited"; }
+constexpr const char* name_of(tag<traced>) { return "traced"; }
+constexpr const char* name_of(tag<clock_answer>) { return "clock_answer"; }
+constexpr const char* name_of(tag<trace_steps>) { return "trace_steps"; }
+constexpr const char* name_of(tag<clock_question>) { return "clock_question"; }
 constexpr const char* name_of(tag<feed>) { return "feed"; }
 constexpr const char* name_of(tag<stop_feed>) { return "stop_feed"; }
 constexpr const char* name_of(tag<probe>) { return "probe"; }
@@ -124,6 +128,11 @@ std::string check(const feed& m) {
   return check(m.spec.model);
 }
 std::string check(const audit& m) { return check(m.spec.model); }
+std::string check(const traced& m) {
+  if (m.spans.size() % 4 == 0 && m.spans.size() / 4 <= traced_spans_max) return {};
+  return fmt::format("spans: {} numbers; expected four each for at most {}", m.spans.size(),
+                     traced_spans_max);
+}
 std::string check(const give_order& m) {
   if (m.with >> order_kind_count != 0) return fmt::format("with: {} has unknown orders", m.with);
   if (m.kind >= 0 && m.kind < order_kind_count) return {};

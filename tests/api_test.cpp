@@ -35,6 +35,7 @@ job_spec small_spec(const std::string& name) {
 struct fixture {
   cluster_machine machine{restored_records{}};
   run_history history;
+  trace_desk traces;
   std::vector<actions::reply> replies;
 
   fixture() {
@@ -67,7 +68,7 @@ struct fixture {
     h.link_port = static_cast<std::uint16_t>(5000 + connection);
     tell(events::worker_attached{connection_id{connection}, h});
   }
-  api_state state() { return {machine, history, 1'700'000'001'000, {}, 0, 0, 0}; }
+  api_state state() { return {machine, history, traces, 1'700'000'001'000, {}, 0, 0, 0}; }
   api_outcome ask(const std::string& method, const std::string& path, const std::string& body = {},
                   std::map<std::string, std::string> query = {}) {
     http_request r;

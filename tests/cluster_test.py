@@ -2,7 +2,8 @@
 """The exactness promise with real processes: layouts, kills, restarts, damaged stores; always the same hash.
 
 usage: cluster_test.py PROGRAM GROUP     GROUP: matrix | faults | copies | feeds | sharded | restarts | store |
-                                        deputy | compete | stragglers | links
+                                        deputy | compete | stragglers | elastic | trace |
+                                        links
 Python's standard library only. Everything runs on loopback in a temporary folder and is killed at the end.
 """
 import json
@@ -21,7 +22,7 @@ from cluster import Cluster, PROGRAM, RANDOM, ROOT, check, explicit, golden, job
 def group_matrix():
     layouts = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (4, 1), (1, 4), (3, 2), (2, 3)]
     for i, (stages, replicas) in enumerate(layouts):
-        schedule = ("1f1b", "gpipe")[i % 2]
+        schedule = ("zb-h1", "gpipe", "1f1b")[i % 3]
         n = stages * replicas
         path = job_file(f"m{stages}x{replicas}", 12, str(n), explicit(stages, replicas, schedule))
         same(run(f"matrix{i}", path, n), 12, f"{stages} stages x {replicas} replicas, {schedule}, {n} workers")
@@ -546,6 +547,66 @@ def group_stragglers():
         cluster.close()
 
 
+def group_trace():
+    """Every instruction of every rank, on one clock, in a file that Perfetto reads."""
+    steps, microbatches = 100, 8  # of a replica
+    path = job_file("trace", steps, "8", explicit(4, 2), "never")
+    cluster = Cluster("trace")
+    try:
+        cluster.start_coordinator()
+        for _ in range(8):
+            cluster.start_worker()
+        job = cluster.submit(path)
+        cluster.wait_step(job, 3)
+        file = ROOT / "trace.json"
+        done = cluster.cli("trace", job, "--next", "2", "--file", str(file))
+        check(done.returncode == 0 and "ui.perfetto.dev" in done.stderr, f"trace: {done.stderr.strip()}")
+        check_trace(json.loads(file.read_text()), 2, 4, 2, microbatches)
+        passed = cluster.cli("trace", job, "--steps", "1:2", "--file", str(file))
+        check(passed.returncode == 2 and "has passed" in passed.stderr, f"steps of the past: {passed.stderr.strip()}")
+        same(cluster.finish(job), steps, "a run that was traced")
+    finally:
+        cluster.close()
+
+
+def check_trace(trace, step_count, stages, replicas, microbatches):
+    """Chrome's trace event format, as far as the file uses it; and what a pipeline's step must show."""
+    events = trace["traceEvents"]
+    wrong = [e for e in events
+             if not {"ph", "pid", "tid", "name"} <= e.keys() or e["ph"] not in "MXsf"
+             or not isinstance(e["pid"], int) or not isinstance(e["tid"], int)
+             or (e["ph"] != "M" and (not isinstance(e["ts"], (int, float)) or e["ts"] < 0))
+             or (e["ph"] == "X" and (not isinstance(e["dur"], (int, float)) or e["dur"] < 0))
+             or (e["ph"] in "sf" and "id" not in e) or (e["ph"] == "f" and e.get("bp") != "e")]
+    check(not wrong, f"each of {len(events)} events has what its kind needs: {wrong[:2]}")
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    check(len(names) == stages * replicas, f"a process for each rank: {sorted(names.values())}")
+    slices = [e for e in events if e["ph"] == "X"]
+    steps = [e for e in slices if e["cat"] == "step"]
+    check(len(steps) == step_count * stages * replicas, f"{len(steps)} steps in all")
+    inner = [e for e in slices if e["cat"] != "step"]
+    stray = [e for e in inner if not any(s["pid"] == e["pid"] and s["ts"] <= e["ts"] + 1e-3 and
+                                         e["ts"] + e["dur"] <= s["ts"] + s["dur"] + 1e-3 for s in steps)]
+    check(not stray, f"each instruction lies in a step of its rank: {stray[:2]}")
+    for letter in "FBW":
+        count = sum(e["name"].startswith(letter + " ") for e in inner)
+        check(count == step_count * stages * replicas * microbatches, f"{count} of {letter}")
+    # An overlap of two instructions on one thread would be drawn as one inside the other.
+    overlaps = 0
+    for pid in names:
+        own = sorted((e["ts"], e["ts"] + e["dur"]) for e in inner if e["pid"] == pid)
+        overlaps += sum(a[1] > b[0] + 1e-3 for a, b in zip(own, own[1:]))
+    check(overlaps == 0, "no rank does two things at once")
+    begins = {e["id"]: e for e in events if e["ph"] == "s"}
+    ends = {e["id"]: e for e in events if e["ph"] == "f"}
+    arrows = step_count * replicas * (stages - 1) * 2 * microbatches
+    check(begins.keys() == ends.keys() and len(begins) == arrows, f"{len(begins)} arrows of {arrows}")
+    slack = 2 * trace["otherData"]["clocks_differ_by_us_at_most"] + 1
+    early = [i for i in begins if i in ends and ends[i]["ts"] < begins[i]["ts"] - slack]
+    check(not early, f"nothing arrives before it was sent, within {slack:.0f} us: {len(early)} do")
+    check(trace["otherData"]["missing"] == [], "nothing is missing")
+
+
 def group_links():
     """What carries a link changes no bit, and a peer's end is noticed as soon."""
     def begin(name, kinds):
@@ -603,4 +664,4 @@ if __name__ == "__main__":
                    "sharded": group_sharded,
                    "restarts": group_restarts, "store": group_store, "deputy": group_deputy,
                    "compete": group_compete, "stragglers": group_stragglers, "elastic": group_elastic,
-                   "links": group_links}))
+                   "trace": group_trace, "links": group_links}))

@@ -88,8 +88,11 @@ class bench_run {
   exit_code run() {
     const bool all = own_.part == "all";
     figure("environment", environment());
+    if (all || own_.part == "gemm") gemm();
     if (all || own_.part == "step") step();
     if (all || own_.part == "kernels") kernels();
+    if (all || own_.part == "pipeline")
+      for (json& line : bench_pipeline(own_.rounds)) figure("pipeline", std::move(line));
     if (own_.part == "comm") return comm();
     if (all || own_.part == "overhead") overhead();
     if (all || own_.part == "scale") scale();
@@ -310,6 +313,37 @@ class bench_run {
         }
   }
 
+  // ---- what the machine's matrix units give at best
+  // -----------------------------------------------------
+  void gemm() {
+    const std::int64_t shapes[][3] = {{512, 512, 512},
+                                      {1024, 1024, 1024},
+                                      {2048, 2048, 2048},
+                                      {1024, 384, 1536},
+                                      {256, 768, 3072}};
+    for (const char* precision : {"fp32", "bf16"})
+      for (int threads : {1, own_.threads}) {
+        double peak = 0;
+        for (const auto& [m, k, n] : shapes) {
+          if (is_interrupted() || !wants(own_.precision, precision)) continue;
+          json out = {{"threads", threads},
+                      {"shape", fmt::format("{}x{}x{}", m, k, n)},
+                      {"precision", precision},
+                      {"repetitions", 3 * own_.rounds},
+                      {"load_before", load_now()}};
+          for (const kernel_time& t :
+               time_products(m, k, n, precision_of(precision), threads, 3 * own_.rounds)) {
+            out[t.name + "_gflop_per_s"] = t.flops / t.best_ms / 1e6;
+            peak = std::max(peak, t.flops / t.best_ms / 1e6);
+          }
+          figure("gemm", std::move(out));
+        }
+        if (peak > 0)
+          figure("gemm_peak",
+                 {{"threads", threads}, {"precision", precision}, {"gflop_per_s", peak}});
+      }
+  }
+
   // ---- whole clusters
   // -----------------------------------------------------------------------------------
   job_file cluster_job(const std::string& name, const std::vector<std::string>& sets) {
@@ -511,10 +545,10 @@ checkpoint: {{every: never}}
 
 void add_bench(command_line c) {
   auto own = std::make_shared<bench_flags>();
-  CLI::App* app =
-      c.app.add_subcommand("bench",
-                           "speed: step, kernels, overhead, scale, recovery, checkpoint; comm: "
-                           "links between two processes; elastic: what failures and changes cost");
+  CLI::App* app = c.app.add_subcommand(
+      "bench",
+      "speed: gemm, step, kernels, pipeline, overhead, scale, recovery, checkpoint; comm: links "
+      "between two processes; elastic: what failures and changes cost");
   app->footer(
       "examples:\n"
       "  stagecoach bench\n"
@@ -526,12 +560,11 @@ void add_bench(command_line c) {
       "  stagecoach bench elastic --peer VENV      beside torchrun, from a Python venv with "
       "PyTorch\n"
       "  stagecoach bench elastic --only kill,join --events 5");
-  app->add_option(
-         "PART", own->part,
-         "all, step, kernels, overhead, scale, recovery, checkpoint; or comm, elastic (not "
-         "in all)")
-      ->check(CLI::IsMember({"all", "step", "kernels", "overhead", "scale", "recovery",
-                             "checkpoint", "comm", "elastic"}));
+  app->add_option("PART", own->part,
+                  "all, gemm, step, kernels, pipeline, overhead, scale, recovery, checkpoint; or "
+                  "comm, elastic (not in all)")
+      ->check(CLI::IsMember({"all", "gemm", "step", "kernels", "pipeline", "overhead", "scale",
+                             "recovery", "checkpoint", "comm", "elastic"}));
   app->add_option("--precision", own->precision, "step, kernels: fp32, bf16 or both")
       ->check(CLI::IsMember({"both", "fp32", "bf16"}));
   app->add_option("--shape", own->shape, "step, kernels: d6/384, d12/768 or both")

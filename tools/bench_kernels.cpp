@@ -131,4 +131,27 @@ std::vector<kernel_time> time_kernels(const step_shape& shape, precision p, int 
   return times;
 }
 
+std::vector<kernel_time> time_products(std::int64_t m, std::int64_t k, std::int64_t n, precision p,
+                                       int threads, int repetitions) {
+  const auto device = make_cpu_backend(threads);
+  std::vector<float*> owned;
+  const auto array = [&](std::int64_t count) {
+    owned.push_back(device->allocate(count));
+    for (std::int64_t i = 0; i < count; ++i)
+      owned.back()[i] = static_cast<float>(i * 2654435761 % 1024) * 0x1p-10f - 0.5f;
+    return owned.back();
+  };
+  float *x = array(m * k), *w = array(k * n), *y = array(m * n);
+  std::vector<kernel_time> times;
+  timer time(times, repetitions);
+  const double flops =
+      2.0 * static_cast<double>(m) * static_cast<double>(k) * static_cast<double>(n);
+  time.add("forward", 1, flops, [&] { device->linear_forward(y, x, w, nullptr, m, k, n, p); });
+  time.add("input_gradient", 1, flops, [&] { device->linear_backward_input(x, y, w, m, k, n, p); });
+  time.add("weight_gradient", 1, flops,
+           [&] { device->linear_backward_weight(w, nullptr, x, y, m, k, n, false, p); });
+  for (float* one : owned) device->release(one);
+  return times;
+}
+
 }  // namespace stagecoach

@@ -28,17 +28,32 @@ struct bench_ranks::rank {
   std::unique_ptr<backend> device = make_cpu_backend(1);
   std::unique_ptr<stage> model;
   std::unique_ptr<step_runner> runner;
+  std::vector<instruction_span> spans;
   std::uint64_t chain = 0;
   bool has_failed = false;
 };
 
+namespace {
+
+layout replicas_of_one_stage(const job_spec& spec, int replicas) {
+  layout shape;
+  shape.replica_count = replicas;
+  shape.unit_cuts = {0, unit_count(spec.model)};
+  shape.leaf_cuts = partition_leaves(spec.batch.leaf_count, replicas);
+  return shape;
+}
+
+}  // namespace
+
 bench_ranks::bench_ranks(job_spec spec, int replicas)
-    : spec_(std::move(spec)), links_(make_memory_links(replicas)) {
+    : bench_ranks(spec, replicas_of_one_stage(spec, replicas)) {}
+
+bench_ranks::bench_ranks(job_spec spec, layout shape)
+    : spec_(std::move(spec)), links_(make_memory_links(shape.worker_count())) {
   shape_.generation = 1;
-  shape_.shape.replica_count = replicas;
-  shape_.shape.unit_cuts = {0, unit_count(spec_.model)};
-  shape_.shape.leaf_cuts = partition_leaves(spec_.batch.leaf_count, replicas);
-  shape_.members.resize(static_cast<std::size_t>(replicas));
+  shape_.shape = std::move(shape);
+  const int ranks = shape_.shape.worker_count();
+  shape_.members.resize(static_cast<std::size_t>(ranks));
   std::mt19937_64 random(7);
   tokens_.resize(100'000);
   for (auto& t : tokens_)
@@ -47,14 +62,18 @@ bench_ranks::bench_ranks(job_spec spec, int replicas)
                             [this](std::int64_t begin, std::int64_t n, std::int32_t* out) {
                               std::copy_n(tokens_.begin() + begin, n, out);
                             }};
-  for (int r = 0; r < replicas; ++r) {
+  for (int r = 0; r < ranks; ++r) {
     auto one = std::make_unique<rank>();
-    one->model = std::make_unique<stage>(spec_.model, spec_.batch, 0, unit_count(spec_.model),
-                                         *step_runner::slots(spec_, shape_, r), *one->device);
+    const auto s = static_cast<std::size_t>(shape_.stage_of(r));
+    one->model = std::make_unique<stage>(spec_.model, spec_.batch, shape_.shape.unit_cuts[s],
+                                         shape_.shape.unit_cuts[s + 1],
+                                         *step_runner::slots(spec_, shape_, r), *one->device,
+                                         std::nullopt, precision_of(spec_.precision));
     one->model->initialise_parameters();
     one->runner = std::make_unique<step_runner>(spec_, shape_, r, *one->model,
                                                 *links_[static_cast<std::size_t>(r)], *one->device,
                                                 reader, reader);
+    one->runner->record_into(&one->spans);
     ranks_.push_back(std::move(one));
   }
 }
@@ -67,6 +86,7 @@ double bench_ranks::step_cpu_seconds() {
   std::vector<std::thread> threads;
   for (const auto& one : ranks_)
     threads.emplace_back([this, r = one.get()] {
+      r->spans.clear();
       auto vote = r->runner->compute(step_, r->chain, {});
       r->has_failed = !vote;
       if (!vote) {
@@ -84,6 +104,10 @@ double bench_ranks::step_cpu_seconds() {
 
 const step_times& bench_ranks::times(int rank) const {
   return ranks_[static_cast<std::size_t>(rank)]->runner->times();
+}
+
+const std::vector<instruction_span>& bench_ranks::spans(int rank) const {
+  return ranks_[static_cast<std::size_t>(rank)]->spans;
 }
 
 unit_times measured_pieces(const job_spec& spec, int rounds) {

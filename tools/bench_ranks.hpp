@@ -1,5 +1,5 @@
-// All ranks of a job's replicas in this process, one thread each: what steps cost where the cores
-// of the machine are too few for wall time to tell.
+// All ranks of a layout in this process, one thread each: what steps cost where the cores of the
+// machine are too few for wall time to tell.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,16 @@ namespace stagecoach {
 
 class bench_ranks {
  public:
-  /// One stage, so many replicas; random tokens and weights.
+  /// Random tokens and weights. The layout must be one of the job's.
+  bench_ranks(job_spec spec, layout shape);
+  /// One stage, so many replicas.
   bench_ranks(job_spec spec, int replicas);
   ~bench_ranks();
 
   /// One more step; CPU seconds of all threads of this process, NaN if a rank failed.
   double step_cpu_seconds();
-  const step_times& times(int rank) const;  // of the newest step
+  const step_times& times(int rank) const;                     // of the newest step
+  const std::vector<instruction_span>& spans(int rank) const;  // of the newest step
 
  private:
   struct rank;

@@ -50,6 +50,13 @@ struct kernel_time {
 std::vector<kernel_time> time_kernels(const step_shape& shape, precision p, int threads,
                                       int repetitions);
 
+/// The three products of a linear layer, y [m,n] = x [m,k] * w.
+std::vector<kernel_time> time_products(std::int64_t m, std::int64_t k, std::int64_t n, precision p,
+                                       int threads, int repetitions);
+
+/// Bubbles of 2 and 4 stages under each schedule, a line each; bench_pipeline.cpp.
+std::vector<nlohmann::json> bench_pipeline(int rounds);
+
 struct elastic_flags {
   int events = 20;   // of each fault
   int rounds = 5;    // turns of each candidate where a price is measured

@@ -53,6 +53,7 @@ void add_cluster_commands(command_line c);  // tools/cluster.cpp: workers drain 
 void add_checkpoint_commands(
     command_line c);                     // tools/checkpoints.cpp: checkpoints hash export sample
 void add_replay(command_line c);         // tools/replay.cpp
+void add_trace(command_line c);          // tools/trace.cpp
 void add_file_commands(command_line c);  // tools/files.cpp: init data certs version
 
 /// "error: ..." on stderr (or {"error": ...} with -o json) and the exit code of its kind.

@@ -88,6 +88,7 @@ int main(int argc, char** argv) {
   add_cluster_commands(c);
   add_checkpoint_commands(c);
   add_replay(c);
+  add_trace(c);
   add_file_commands(c);
   add_bench(c);
   take_one_word_each(app);

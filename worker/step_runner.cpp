@@ -1,5 +1,7 @@
 #include "worker/step_runner.hpp"
 
+#include <time.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -26,6 +28,34 @@ class stopwatch {
  private:
   std::int64_t& total_;
   clock::time_point begin_;
+};
+
+std::int64_t thread_cpu_ns() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return std::int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
+}
+
+/// Appends itself to `spans`, if there are any, when it ends.
+class recorded_span {
+ public:
+  recorded_span(std::vector<instruction_span>* spans, const instruction& what) : spans_(spans) {
+    if (spans_ == nullptr) return;
+    span_.what = what;
+    span_.begin_ns = clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+    span_.cpu_ns = -thread_cpu_ns();
+  }
+  recorded_span(const recorded_span&) = delete;
+  ~recorded_span() {
+    if (spans_ == nullptr) return;
+    span_.cpu_ns += thread_cpu_ns();
+    span_.end_ns = clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+    spans_->push_back(span_);
+  }
+
+ private:
+  std::vector<instruction_span>* spans_;
+  instruction_span span_;
 };
 
 std::span<const std::byte> bytes_of(const float* p, std::int64_t count) {
@@ -302,55 +332,54 @@ result<vote_result> step_runner::compute(std::uint64_t step, std::uint64_t chain
   if (accumulating_ != nullptr) free_.push_back(accumulating_);
   accumulating_ = nullptr;
 
-  const int previous = rank_ - 1, next = rank_ + 1;
   for (const instruction& what : table_) {
     if (cancelled_.load(std::memory_order_relaxed))
       return error{errc::cancelled, "the step was dropped"};
-    const auto number = static_cast<std::uint64_t>(what.microbatch);
-    const std::int64_t boundary = stage_.boundary_count();
     if (middle_ && &what == &table_[table_.size() / 2]) middle_(step);
-    result<void> done;
-    switch (what.what) {
-      case op::receive_activation: {
-        stopwatch watch(times_.wait_us);
-        done = links_.receive(
-            previous, {link_tag::activation, step, number},
-            writable(input_.data() + boundary * (what.microbatch % slot_count_), boundary));
-        break;
-      }
-      case op::forward:
-        done = forward(what);
-        break;
-      case op::send_activation:
-        done = links_.send(next, {link_tag::activation, step, number},
-                           bytes_of(output_.data(), boundary));
-        break;
-      case op::receive_gradient: {
-        stopwatch watch(times_.wait_us);
-        done = links_.receive(next, {link_tag::gradient, step, number},
-                              writable(gradient_in_.data(), boundary));
-        break;
-      }
-      case op::backward_input:
-        done = backward_input(what);
-        break;
-      case op::send_gradient:
-        done = links_.send(previous, {link_tag::gradient, step, number},
-                           bytes_of(gradient_out_.data(), boundary));
-        break;
-      case op::backward_weight:
-        backward_weight(what);
-        break;
-      case op::reduce:
-        done = reduce(step);
-        break;
-      case op::step:
-        break;
-    }
-    if (!done) return done.err();
+    // The vote comes after the table; its span is the step's.
+    const recorded_span span(what.what == op::step ? nullptr : spans_, what);
+    if (auto done = carry_out(what, step); !done) return done.err();
     if (pulse_ != nullptr) pulse_->count();
   }
+  const recorded_span span(spans_, {op::step});
   return vote(step, chain, orders);
+}
+
+result<void> step_runner::carry_out(const instruction& what, std::uint64_t step) {
+  const int previous = rank_ - 1, next = rank_ + 1;
+  const auto number = static_cast<std::uint64_t>(what.microbatch);
+  const std::int64_t boundary = stage_.boundary_count();
+  switch (what.what) {
+    case op::receive_activation: {
+      stopwatch watch(times_.wait_us);
+      return links_.receive(
+          previous, {link_tag::activation, step, number},
+          writable(input_.data() + boundary * (what.microbatch % slot_count_), boundary));
+    }
+    case op::forward:
+      return forward(what);
+    case op::send_activation:
+      return links_.send(next, {link_tag::activation, step, number},
+                         bytes_of(output_.data(), boundary));
+    case op::receive_gradient: {
+      stopwatch watch(times_.wait_us);
+      return links_.receive(next, {link_tag::gradient, step, number},
+                            writable(gradient_in_.data(), boundary));
+    }
+    case op::backward_input:
+      return backward_input(what);
+    case op::send_gradient:
+      return links_.send(previous, {link_tag::gradient, step, number},
+                         bytes_of(gradient_out_.data(), boundary));
+    case op::backward_weight:
+      backward_weight(what);
+      return ok();
+    case op::reduce:
+      return reduce(step);
+    case op::step:
+      break;
+  }
+  return ok();
 }
 
 result<void> step_runner::reduce(std::uint64_t step) {

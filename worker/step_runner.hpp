@@ -48,6 +48,14 @@ struct step_times {
   std::int64_t hash_us = 0;  // of vote_us
 };
 
+/// One instruction as it was carried out; op::reduce includes the tied matrix, op::step is the
+/// vote.
+struct instruction_span {
+  instruction what;
+  std::int64_t begin_ns = 0, end_ns = 0;  // steady clock
+  std::int64_t cpu_ns = 0;  // of the trainer's thread, which computes its share of every tile
+};
+
 class step_runner {
  public:
   /// stage must hold the units of the plan's stage for this rank, with slots() slots at least;
@@ -86,6 +94,9 @@ class step_runner {
 
   /// Counts each instruction that is done; must outlive this.
   void count_into(pulse_counter& pulse) { pulse_ = &pulse; }
+  /// Every compute() from now on appends what it does to `spans` (which must outlive that); null:
+  /// no more. Some 0.5 us an instruction.
+  void record_into(std::vector<instruction_span>* spans) { spans_ = spans; }
   /// From any thread: makes compute() and evaluate() return `cancelled` soon.
   void cancel() { cancelled_.store(true); }
   /// Called by every compute() half way through its instructions, on its thread; for tests.
@@ -97,6 +108,7 @@ class step_runner {
   float* take_buffer();
   bool keeps(int tensor_index, int replica) const;
   void make_reduction(std::vector<std::vector<gradient_stretch>> shares);
+  result<void> carry_out(const instruction& what, std::uint64_t step);
   result<void> forward(const instruction& what);
   result<void> backward_input(const instruction& what);
   void backward_weight(const instruction& what);
@@ -148,6 +160,7 @@ class step_runner {
   std::vector<tensor_hash> voted_weights_;
   std::function<void(std::uint64_t)> middle_;
   pulse_counter* pulse_ = nullptr;
+  std::vector<instruction_span>* spans_ = nullptr;
   std::atomic<bool> cancelled_{false};
 };
 

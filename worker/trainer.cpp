@@ -735,13 +735,16 @@ struct trainer::implementation {
     while (state_step < last) {
       if (is_interrupted()) return;
       const std::uint64_t step = state_step + 1;
+      begin_trace(step);
       auto vote =
           runner->compute(step, state_chain, [this](std::uint64_t s) { return take_orders(s); });
       if (!vote || data_problem) return on_broken(vote ? *data_problem : vote.err());
       count_leaf_time();
+      const auto apply_began = clock::now();
       apply_vote(*vote);
       report_step();
       if (auto shared = runner->share_weights(*vote); !shared) return on_broken(shared.err());
+      end_trace(step, apply_began);
       give_to_feed(*vote);
       if (!is_memory_shown) log_memory();
       if (vote->orders & order_bit(order_kind::evaluate)) {
@@ -769,6 +772,45 @@ struct trainer::implementation {
     f.step = state_step;
     f.weights_hash = to_string(model->weights_hash(model->has_embedding()));
     options.emit(f);
+  }
+
+  // ---- traces
+  // ----------------------------------------------------------------------------------------
+  void begin_trace(std::uint64_t step) {
+    std::optional<trace_steps> wanted;
+    {
+      std::lock_guard lock(mutex);
+      wanted = to_trace;
+    }
+    const bool is_wanted =
+        wanted && wanted->job == value(shape.job) && wanted->first <= step && step <= wanted->last;
+    trace_request = is_wanted ? wanted->request : 0;
+    spans.clear();
+    runner->record_into(is_wanted ? &spans : nullptr);
+  }
+
+  void end_trace(std::uint64_t step, clock::time_point apply_began) {
+    if (trace_request == 0 || spans.empty()) return;
+    const auto ns = [](clock::time_point t) {
+      return t.time_since_epoch() / std::chrono::nanoseconds(1);
+    };
+    spans.push_back({{op::step}, ns(apply_began), ns(clock::now()), 0});
+    traced x;
+    x.job = value(shape.job);
+    x.generation = shape.generation;
+    x.request = trace_request;
+    x.step = step;
+    x.began_ns = spans.front().begin_ns;
+    x.is_cut = spans.size() > traced_spans_max;
+    for (std::size_t i = 0; i < std::min(spans.size(), traced_spans_max); ++i) {
+      const instruction_span& s = spans[i];
+      const bool is_apply = i + 1 == spans.size();
+      x.spans.push_back(is_apply ? traced_op_apply : static_cast<int>(s.what.what));
+      x.spans.push_back(s.what.microbatch);
+      x.spans.push_back(s.begin_ns - x.began_ns);
+      x.spans.push_back(s.end_ns - x.began_ns);
+    }
+    options.emit(std::move(x));
   }
 
   void give_to_feed(const vote_result& vote) {
@@ -1057,8 +1099,12 @@ struct trainer::implementation {
   std::shared_ptr<link_set> current_links;
   std::unique_ptr<step_runner> runner;  // replaced by the trainer's thread only
   std::vector<give_order> orders;
+  std::optional<trace_steps> to_trace;
   std::shared_ptr<feeder> feeding;
   trainer::status shown;
+  // Of the step that is computed, if it is traced: the trainer's thread alone.
+  std::vector<instruction_span> spans;
+  std::uint64_t trace_request = 0;  // 0: it is not
   std::atomic<std::int64_t> leaf_us{0};  // 0: no step of this generation was computed yet
 
   // The trainer's thread alone:
@@ -1127,6 +1173,10 @@ void trainer::order(const give_order& o) {
   std::lock_guard lock(self_->mutex);
   if (self_->shown.job == o.job && self_->shown.generation == o.generation)
     self_->orders.push_back(o);
+}
+void trainer::trace(const trace_steps& t) {
+  std::lock_guard lock(self_->mutex);
+  self_->to_trace = t;
 }
 void trainer::durable(const checkpoint_durable&) {
   // One save is in memory at a time and is freed when written; nothing waits for this word yet.

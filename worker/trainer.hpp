@@ -43,6 +43,8 @@ class trainer {
   void run(const run_stage& r);
   /// Rank 0 only; others ignore it.
   void order(const give_order& o);
+  /// From the next step on: emits `traced` after each of these steps.
+  void trace(const trace_steps& t);
   void resume(const resume_stage& r);
   void durable(const checkpoint_durable& d);
   /// Begins a part in a background copy, beside what runs; ends the former one.

@@ -96,6 +96,7 @@ struct effects {
   void tell(const stop_stage& x) { training->stop(x); }
   void tell(const feed& x) { training->begin_feed(x); }
   void tell(const stop_feed& x) { training->end_feed(x); }
+  void tell(const trace_steps& x) { training->trace(x); }
   void tell(const audit& x) { auditing->begin(x); }
   void tell(const stop_audit&) { auditing->stop(); }
   template <class T>
@@ -247,10 +248,17 @@ class running_worker : public worker {
     callbacks.on_open = [to = actor_, training_now] {
       caf::anon_send(to, worker_event{worker_events::connected{training_now->now().step}});
     };
-    callbacks.on_message = [to = actor_](std::string text) {
+    callbacks.on_message = [this, to = actor_](std::string text) {
       auto message = decode_to_worker(text);
       if (!message) {
         log_event(level::warn, "control_message_dropped", {{"reason", message.err().message}});
+        return;
+      }
+      // Here and now, since a mailbox on the way would spoil it.
+      if (const auto* x = std::get_if<clock_question>(&*message)) {
+        const auto now_ns =
+            std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+        (void)world_.client.get()->send(encode(clock_answer{x->number, x->asked_ns, now_ns}));
         return;
       }
       caf::anon_send(to, worker_event{worker_events::coordinator_said{std::move(*message)}});

@@ -216,6 +216,10 @@ void worker_machine::told(const stop_feed& x) {
   tell(x);
 }
 
+void worker_machine::told(const trace_steps& x) {
+  if (x.job == job_ && job_ != 0) tell(x);
+}
+
 void worker_machine::told(const commit& x) {
   const bool is_awaited = value(x.shape.job) == job_ && x.shape.generation == promised_ &&
                           x.shape.generation > generation_ && speaker_ == promised_to_;
@@ -430,6 +434,11 @@ void worker_machine::said(const fed& x) {
   if (x.job != job_ || x.request != feed_) return;
   fed_ = x;
   if (is_welcome_) send(x);
+}
+
+/// For people, and of this moment: nobody waits for it after a while away.
+void worker_machine::said(const traced& x) {
+  if (x.job == job_ && is_welcome_) send(x);
 }
 
 void worker_machine::said(const peer_report& x) {

@@ -160,6 +160,7 @@ class worker_machine {
   void told(const probe& x) { out_.push_back(worker_actions::ask_alive{x}); }
   void told(const feed& x);
   void told(const stop_feed& x);
+  void told(const trace_steps& x);
   template <class T>
   void told(const T&) {}  // what this machine has no part in
 
@@ -174,6 +175,7 @@ class worker_machine {
   void said(const probed& x);
   void said(const feed_ready& x);
   void said(const fed& x);
+  void said(const traced& x);
   template <class T>
   void said(const T& x) {
     pass_on(x);
