@@ -463,6 +463,8 @@ TEST_CASE("asio links: an offer of shared memory goes to who shows its nonce, on
     CHECK((*opened)->receive_any(0, {link_tag::probe, 1}, 100).err().code == errc::bad_input);
     CHECK(w.events[0]->wait_for(0, peer_event::lost));
     CHECK(raw.closes());
+    (*opened)->cancel();
+    CHECK((*opened)->receive_any(0, {link_tag::probe, 1}, 100).err().code == errc::cancelled);
   }
 }
 

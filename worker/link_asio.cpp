@@ -1329,6 +1329,7 @@ class asio_links final : public link_set {
   /// A call on shared memory failed: because the link had ended, or because the peer broke its
   /// rules and the link ends now.
   error broken(int peer, const error& why) {
+    if (why.code == errc::cancelled) return why;
     const auto itself = set_->link(peer).memory->broken();
     return itself ? lose(peer, itself->code, itself->message) : why;
   }
