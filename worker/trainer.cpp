@@ -1104,7 +1104,7 @@ struct trainer::implementation {
   trainer::status shown;
   // Of the step that is computed, if it is traced: the trainer's thread alone.
   std::vector<instruction_span> spans;
-  std::uint64_t trace_request = 0;  // 0: it is not
+  std::uint64_t trace_request = 0;       // 0: it is not
   std::atomic<std::int64_t> leaf_us{0};  // 0: no step of this generation was computed yet
 
   // The trainer's thread alone:
