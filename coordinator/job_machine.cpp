@@ -799,7 +799,9 @@ job_view job_machine::view() const {
   v.state = to_string(state());
   v.reason = !record_.reason.empty() ? record_.reason : waits_for_;
   v.priority = priority();
-  v.step = std::max(reported_step_, newest_saved().value_or(0));
+  // What was reported beyond the start of a generation that loads is lost if it comes to run.
+  const std::uint64_t step = phase_ == phase::loading ? generation_->step : reported_step_;
+  v.step = std::max(step, newest_saved().value_or(0));
   v.stop_steps = stop_step();
   v.phase = phase_name();
   if (generation_) {

@@ -252,6 +252,7 @@ TEST_CASE("a step that was reported is worth a wait until a generation below it 
   facts.chain = 1021;
   const checkpoint_found found{static_cast<job_id>(1), finds[0].request, facts, {}};
   REQUIRE(sent<commit>(b.step(found)).size() == 2);  // of 25 nobody has the first stage
+  CHECK(b.machine.view().step == 21);                // else it would go back when it runs
   b.step(job_events::worker_gone{w(3), "killed"});
   b.give({4, 5});
   b.answer(4, 3);
