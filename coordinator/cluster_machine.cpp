@@ -525,8 +525,9 @@ cluster_machine::worker* cluster_machine::by_name(const std::string& name) {
 }
 
 worker_facts cluster_machine::facts_of(const worker& w) const {
-  return {w.record.id,          w.record.process,     w.record.name,          w.greeting.host,
-          w.greeting.link_host, w.greeting.link_port, w.greeting.device_class};
+  return {
+      w.record.id,          w.record.process,     w.record.name,           w.greeting.host,
+      w.greeting.link_host, w.greeting.link_port, w.greeting.device_class, w.greeting.memory_bytes};
 }
 
 actions::row cluster_machine::meta_row() const { return {keys::meta(), to_json_text(meta_)}; }
@@ -617,6 +618,7 @@ std::string cluster_machine::why(job_id id) const {
   if (job.state() != job_state::pending && job.state() != job_state::recovering) {
     if (v.recovery_count > 0) text += fmt::format("\n  recovered {} times", v.recovery_count);
     if (!job.balance().empty()) text += "\n  leaves  " + job.balance();
+    if (!job.layer_balance().empty()) text += "\n  layers  " + job.layer_balance();
     return text;
   }
   int attached = 0, free = 0;

@@ -46,7 +46,8 @@ void job_machine::take_back(const hello& h) {
 
 job_machine::member& job_machine::join(worker_id worker, const hello& h) {
   member m;
-  m.facts = {worker, h.process, h.name, h.host, h.link_host, h.link_port, h.device_class};
+  m.facts = {worker,      h.process,   h.name,         h.host,
+             h.link_host, h.link_port, h.device_class, h.memory_bytes};
   m.heard_ms = now_ms_;
   m.phase = static_cast<worker_phase>(h.phase);
   m.step = h.step;
@@ -184,15 +185,16 @@ void job_machine::adopt(worker_id from, const hello& h, const plan_report& x) {
 
   // As the deputy shared the leaves out by them; a plan with other shares knew no times.
   plan weighed = p;
-  std::vector<std::int64_t> leaf_us = weigh_leaves(weighed);
-  if (weighed != p) leaf_us.clear();
+  times known = weigh_leaves(weighed);
+  if (weighed != p) known = {};
   generation_ = generation_record{p,
                                   x.source,
                                   x.step,
                                   x.chain,
                                   fmt::format("{} (decided by deputy {})", x.reason, x.decided_by),
                                   x.unix_ms,
-                                  std::move(leaf_us)};
+                                  std::move(known.leaf_us),
+                                  std::move(known.layer_us)};
   remember_generation();
   plan_hash_ = hash;
   number_ = std::max({number_, p.generation, h.promised});
@@ -216,6 +218,7 @@ void job_machine::adopt(worker_id from, const hello& h, const plan_report& x) {
   reported_step_ = std::max(x.step, h.step);
   is_after_loss_ = false;
   loss_ms_ = -1;
+  layer_move_.reset();
 
   sought_.clear();
   sought_lost_.clear();

@@ -74,15 +74,28 @@ bool job_machine::start_feed(const std::string& reason, std::set<worker_id> staf
   if (std::any_of(order.begin(), order.end(), [](const member* m) { return !m->is_connected; }))
     return true;  // a moment: it returns or is lost
   const int count = std::min(staying_count(), workers_most());
+  std::vector<bool> is_leaving;
+  for (const member* m : order) is_leaving.push_back(m->is_draining);
+  const std::vector<candidate> holdings = present_holdings(order);
+  const seating seats_of = [&](const layout& some) {
+    std::vector<worker_id> by_rank;
+    const auto fed = choose_feed(spec, some, holdings, is_leaving);
+    for (const int i : fed ? fed->by_rank : std::vector<int>{})
+      by_rank.push_back(order[static_cast<std::size_t>(i)]->facts.id);
+    return by_rank;
+  };
   const result<layout> shape =
-      count < 1 ? error{errc::unplaceable, ""} : choose_layout(spec, count);
+      count < 1 ? error{errc::unplaceable, ""} : choose_shape(count, seats_of);
+  // Whoever is to take layers over would sit elsewhere.
+  if (layer_move_ && (!shape || shape->unit_cuts != layer_move_->unit_cuts)) {
+    layer_move_.reset();
+    return false;
+  }
   // Moments that replicas share have no one holder who could give all of a tensor.
   if (!shape || is_sharded(spec, shape->replica_count) ||
       is_sharded(spec, generation_->shape.shape.replica_count))
     return false;
-  std::vector<bool> is_leaving;
-  for (const member* m : order) is_leaving.push_back(m->is_draining);
-  auto choice = choose_feed(spec, *shape, present_holdings(order), is_leaving);
+  auto choice = choose_feed(spec, *shape, holdings, is_leaving);
   if (!choice) return false;
   feed_.emplace();
   feed_->request = last_feed_ = std::max<std::uint64_t>(
@@ -178,7 +191,13 @@ bool job_machine::decide_fed(const std::vector<member*>& answered) {
   }
   const int count = std::min(static_cast<int>(candidates.size()), workers_most());
   if (count < workers_least()) return false;
-  const result<layout> shape = choose_layout(record_.spec, count);
+  const result<layout> shape = choose_shape(count, [&](const layout& some) {
+    std::vector<worker_id> by_rank;
+    const auto live = choose_live(record_.spec, some, candidates, wait_step_);
+    for (const int i : live ? live->by_rank : std::vector<int>{})
+      by_rank.push_back(candidates[static_cast<std::size_t>(i)].worker);
+    return by_rank;
+  });
   if (!shape) return false;
   auto live = choose_live(record_.spec, *shape, candidates, wait_step_);
   if (!live) return false;

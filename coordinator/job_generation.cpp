@@ -98,6 +98,7 @@ void job_machine::start_preparing(const std::string& reason, std::uint64_t wait_
   short_since_ms_ = -1;
   waits_for_.clear();
   change_since_ms_ = held_ms_ = finished_ms_ = -1;
+  if (hold_reason_ != "layers" || is_after_loss_) layer_move_.reset();
   hold_reason_.clear();
   orders_.clear();
   has_save_failed_ = false;
@@ -170,14 +171,9 @@ void job_machine::consider_decision() {
 void job_machine::decide(const std::vector<member*>& answered) {
   if (decide_fed(answered)) return;
   const int count = std::min(static_cast<int>(answered.size()), workers_most());
-  const result<layout> shape = choose_layout(record_.spec, count);
-  if (!shape) return end(job_state::failed, shape.err().message);
-
   std::vector<candidate> candidates;
   for (const member* m : answered)
     candidates.push_back({m->facts.id, trusted(*m), m->facts.link_host});
-  choice c;
-  c.shape = *shape;
   const auto seat = [&candidates](const std::vector<int>& by_rank) {
     std::vector<worker_id> ids;
     for (const int i : by_rank) ids.push_back(candidates[static_cast<std::size_t>(i)].worker);
@@ -189,6 +185,13 @@ void job_machine::decide(const std::vector<member*>& answered) {
   // What is durable but damaged is no reason to give up a live state that is older.
   const std::uint64_t step_min =
       has_looked_ ? (found_ ? found_->step : 0) : newest_saved().value_or(0);
+  const result<layout> shape = choose_shape(count, [&](const layout& some) {
+    const auto live = choose_live(record_.spec, some, candidates, step_min);
+    return seat(live ? live->by_rank : choose_fresh(some, candidates));
+  });
+  if (!shape) return end(job_state::failed, shape.err().message);
+  choice c;
+  c.shape = *shape;
   auto live = choose_live(record_.spec, *shape, candidates, step_min);
   // The best layout may have fewer seats than it takes holders; any that goes on is better than
   // going back, and a better one may follow while it runs.
@@ -318,10 +321,11 @@ void job_machine::commit_generation(const choice& c) {
     const worker_facts& f = members_.at(worker).facts;
     p.members.push_back({f.id, f.process, f.name, f.link_host, f.link_port});
   }
-  const std::vector<std::int64_t> leaf_us = weigh_leaves(p);
+  const times known = weigh_leaves(p);
   invariant(static_cast<int>(p.members.size()) == p.shape.worker_count(),
             "a plan has a member for every stage of every replica");
-  generation_ = generation_record{p, c.source, c.step, c.chain, reason_, unix_ms_, leaf_us};
+  generation_ = generation_record{p,       c.source, c.step,        c.chain,
+                                  reason_, unix_ms_, known.leaf_us, known.layer_us};
   remember_generation();
   plan_hash_ = plan_hash(p);
   record_.generation = number_;
@@ -372,7 +376,8 @@ void job_machine::commit_generation(const choice& c) {
   x.chain = c.chain;
   x.transfers = c.transfers;
   x.roll_forward = c.roll_forward;
-  x.leaf_us = leaf_us;
+  x.leaf_us = known.leaf_us;
+  x.layer_us = known.layer_us;
   if (c.source == source_kind::checkpoint) {
     x.parts = found_->parts;
     x.expected_weights_hash = found_->weights_hash;
@@ -415,6 +420,7 @@ void job_machine::commit_generation(const choice& c) {
   sought_.clear();
   missed_.clear();
   failed_feeds_ = 0;
+  layer_move_.reset();
   resumed_step_.reset();
   reported_step_ = std::max(reported_step_, c.step);
   step_us_.clear();
@@ -508,6 +514,7 @@ void job_machine::consider_running() {
   missed_.clear();
   if (running_since_ms_ < 0) running_since_ms_ = now_ms_;
   watch_.restart(now_ms_);
+  layer_watch_.restart(now_ms_);
   keeps_size_ = false;
   final_saved_ms_ = -1;
   note("generation_started",
@@ -576,6 +583,7 @@ void job_machine::consider_adoption() {
   enter(phase::running);
   running_since_ms_ = now_ms_;
   watch_.restart(now_ms_);
+  layer_watch_.restart(now_ms_);
   for (member* m : ranks) {
     m->is_finished = m->phase == worker_phase::finished;
     if (m->phase == worker_phase::ready) send(m->facts.id, run_stage{value(id()), number_});

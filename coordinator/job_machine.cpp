@@ -19,14 +19,15 @@ constexpr std::size_t logged_count_max = 16'384;  // more than is said again aft
 constexpr std::size_t step_us_count_max = 15;  // enough for a median, few enough to follow a change
 }  // namespace
 
-job_machine::job_machine(restored_job restored, detection rules, balance_rules leaves)
+job_machine::job_machine(restored_job restored, detection rules, balance_rules balance)
     : rules_(rules),
       record_(std::move(restored.record)),
       generation_(std::move(restored.generation)),
       checkpoints_(std::move(restored.checkpoints)),
       next_event_(restored.next_event),
       is_deputys_(restored.is_deputys),
-      watch_(leaves) {
+      watch_(balance),
+      layer_watch_(balance) {
   number_ = std::max(record_.number, record_.generation);
   reported_step_ = record_.step;
   if (generation_) {

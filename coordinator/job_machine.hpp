@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -32,6 +33,7 @@
 #include "config/result.hpp"
 #include "coordinator/messages.hpp"
 #include "coordinator/records.hpp"
+#include "model/layer_shares.hpp"
 #include "model/leaf_shares.hpp"
 #include "model/plan.hpp"
 
@@ -89,6 +91,7 @@ struct worker_facts {
   std::string name, host, link_host;
   std::uint16_t link_port = 0;
   std::string device_class;
+  std::uint64_t memory_bytes = 0;  // of its host; 0: not known
 };
 
 // ---- events of a job ----
@@ -357,7 +360,7 @@ class job_machine {
   /// restored: a new job (record only) or all that the store holds. A job whose record says running
   /// waits for the members of its newest generation (adopting). unix_ms, now_ms as of the first
   /// tick.
-  explicit job_machine(restored_job restored, detection rules = {}, balance_rules leaves = {});
+  explicit job_machine(restored_job restored, detection rules = {}, balance_rules balance = {});
 
   [[nodiscard]] std::vector<action> step(const job_event& e);  // carry out in this order
 
@@ -387,6 +390,8 @@ class job_machine {
 
   /// Words on the newest move of leaves between replicas, with the figures; empty: none yet.
   const std::string& balance() const { return balance_; }
+  /// And of layers between stages.
+  const std::string& layer_balance() const { return layer_balance_; }
 
   // ---- among other jobs (job_compete.cpp) ----
   int priority() const { return record_.priority.value_or(record_.spec.priority); }
@@ -461,6 +466,18 @@ class job_machine {
     std::optional<vote_result> roll_forward;
     std::vector<transfer_record> transfers;
   };
+  struct times {
+    std::vector<std::int64_t> leaf_us, layer_us;  // as commit
+  };
+  /// Layers that go to other stages, once what that takes is copied.
+  struct layer_move {
+    std::vector<int> unit_cuts;
+    int failed_feeds = 0;  // before it
+    std::string text;
+    std::map<std::string, std::string> fields;
+  };
+  /// Who would sit at which rank of a layout; empty: nobody can.
+  using seating = std::function<std::vector<worker_id>(const layout&)>;
 
   // Events.
   void on(const job_events::submitted& e);
@@ -594,9 +611,15 @@ class job_machine {
   void fail_feed(const std::string& why);
   void note_switch(const step_report& first);
 
-  // Slow and fast replicas (job_balance.cpp).
+  // Slow and fast workers (job_balance.cpp).
   void start_balancing();
-  std::vector<std::int64_t> weigh_leaves(plan& p) const;
+  void start_leaf_move(const leaf_change& change, const std::vector<replica_pace>& paces);
+  void plan_layer_move(const layer_change& change);
+  bool move_layers();
+  times weigh_leaves(plan& p) const;
+  std::optional<pace_table> paces_of(const std::vector<worker_id>& by_rank) const;
+  bool sits_as_before(const std::vector<worker_id>& by_rank) const;
+  result<layout> choose_shape(int count, const seating& seats_of) const;
 
   // Saves and the end.
   void saved(const part_saved& x, worker_id from);
@@ -713,9 +736,11 @@ class job_machine {
   std::int64_t owed_ms_ = 0;
   std::int64_t running_since_ms_ = -1;  // -1: it waits
 
-  // Slow and fast replicas.
+  // Slow and fast workers.
   leaf_watch watch_;
-  std::string balance_;  // words: the newest move, with its figures
+  layer_watch layer_watch_;
+  std::optional<layer_move> layer_move_;
+  std::string balance_, layer_balance_;  // words: the newest moves, with their figures
 
   // A hold.
   std::int64_t change_since_ms_ = -1;  // a voluntary change is wanted since; -1: no

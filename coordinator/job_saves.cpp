@@ -45,16 +45,18 @@ void job_machine::consider_change() {
   const bool can_grow = !is_draining && grown > planned_count();
   if (!can_drain && !can_grow) {
     change_since_ms_ = -1;
-    if (feed_) stop_feed("nothing is to be changed any more");
+    if (is_draining) layer_move_.reset();
+    if (feed_ && !layer_move_) stop_feed("nothing is to be changed any more");
     // Of no use to any layout (or gone again): others may have them.
     for (const worker_id worker : joiners) {
       if (is_draining) break;
       send(worker, stop_stage{value(id()), "no layout uses it"});
       release(worker, "no layout uses it");
     }
-    if (!is_draining) start_balancing();
+    if (!is_draining && !move_layers()) start_balancing();
     return;
   }
+  layer_move_.reset();
   if (change_since_ms_ < 0) change_since_ms_ = now_ms_;
   if (now_ms_ - change_since_ms_ < rules_.burst_wait) return;
   if (!is_prepared_for_change(can_drain ? "drain" : "grow")) return;
@@ -172,6 +174,11 @@ void job_machine::consider_hold() {
     is_after_loss_ = false;
     keeps_size_ = true;
     return start_preparing("balance: " + balance_);
+  }
+  if (hold_reason_ == "layers") {
+    is_after_loss_ = false;
+    keeps_size_ = true;
+    return start_preparing("balance: " + layer_balance_, feed_ && feed_->is_done ? step : 0);
   }
   if (hold_reason_ == "grow" && grown_count(0) > planned_count()) {
     is_after_loss_ = false;

@@ -160,6 +160,7 @@ struct beat {
   std::uint64_t waits_for = 0;  // worker_id whose frame the trainer waits for; 0: none
   std::int64_t stands_ms = 0;   // since op and activity changed last, by the worker's own time
   std::int64_t leaf_us = 0;     // compute time of one leaf on its stage, lately; 0: not known
+  std::int64_t layer_us = 0;    // of it, that of one layer; 0: not known, or it has none
 };
 
 /// What a survivor (or an empty worker) answers to prepare.
@@ -331,9 +332,9 @@ struct commit {
   std::string decided_by{}, reason{};  // a deputy's name and why; empty: the coordinator decided
   std::int64_t unix_ms = 0;            // when, in that case
   distrust distrusted{};
-  // By rank, as measured when leaves last moved, so that a deputy shares them out as the
+  // By rank, as measured when leaves or layers last moved, so that a deputy shares them out as the
   // coordinator would; empty: even shares.
-  std::vector<std::int64_t> leaf_us{};
+  std::vector<std::int64_t> leaf_us{}, layer_us{};
 };
 
 struct run_stage {
@@ -496,7 +497,8 @@ STAGECOACH_FIELDS(hello, v("protocol", m.protocol), v("name", m.name), v("proces
                   v("promised_to", m.promised_to), v("distrusted", m.distrusted))
 STAGECOACH_FIELDS(beat, v("job", m.job), v("generation", m.generation), v("step", m.step),
                   v("phase", m.phase), v("op", m.op), v("activity", m.activity),
-                  v("waits_for", m.waits_for), v("stands_ms", m.stands_ms), v("leaf_us", m.leaf_us))
+                  v("waits_for", m.waits_for), v("stands_ms", m.stands_ms), v("leaf_us", m.leaf_us),
+                  v("layer_us", m.layer_us))
 STAGECOACH_FIELDS(prepared, v("job", m.job), v("number", m.number), v("has_state", m.has_state),
                   v("step", m.step), v("chain", m.chain), v("tensors", m.tensors),
                   v("last_vote", m.last_vote), v("has_pending", m.has_pending),
@@ -535,7 +537,7 @@ STAGECOACH_FIELDS(commit, v("plan", m.shape), v("spec", m.spec), v("source", m.s
                   v("save_at_start", m.save_at_start), v("checkpoint_folder", m.checkpoint_folder),
                   v("retell_rank", m.retell_rank), v("retell_after", m.retell_after),
                   v("decided_by", m.decided_by), v("reason", m.reason), v("unix_ms", m.unix_ms),
-                  v("distrusted", m.distrusted), v("leaf_us", m.leaf_us))
+                  v("distrusted", m.distrusted), v("leaf_us", m.leaf_us), v("layer_us", m.layer_us))
 STAGECOACH_FIELDS(run_stage, v("job", m.job), v("generation", m.generation))
 STAGECOACH_FIELDS(give_order, v("job", m.job), v("generation", m.generation), v("order", m.order),
                   v("kind", m.kind), v("with", m.with))

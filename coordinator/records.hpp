@@ -85,7 +85,7 @@ struct generation_record {
   std::uint64_t chain = 0;
   std::string reason;  // "start", "worker_lost w-02", "grow", ...
   std::int64_t unix_ms = 0;
-  std::vector<std::int64_t> leaf_us{};  // as commit
+  std::vector<std::int64_t> leaf_us{}, layer_us{};  // as commit
 };
 
 struct checkpoint_record {
@@ -171,7 +171,7 @@ STAGECOACH_FIELDS(job_record, v("id", m.id), v("spec", m.spec), v("spec_text", m
                   v("priority", m.priority), v("waits_since_unix_ms", m.waits_since_unix_ms))
 STAGECOACH_FIELDS(generation_record, v("plan", m.shape), v("source", m.source), v("step", m.step),
                   v("chain", m.chain), v("reason", m.reason), v("unix_ms", m.unix_ms),
-                  v("leaf_us", m.leaf_us))
+                  v("leaf_us", m.leaf_us), v("layer_us", m.layer_us))
 STAGECOACH_FIELDS(checkpoint_record, v("job", m.job), v("step", m.step), v("seq", m.seq),
                   v("chain", m.chain), v("loss", m.loss), v("weights_hash", m.weights_hash),
                   v("part_count", m.part_count), v("bytes", m.bytes), v("stall_us", m.stall_us),

@@ -157,12 +157,17 @@ std::string check(const commit& m) {
     problem = fmt::format("plan.layout.unit_cuts: end at {}; the model has {} units",
                           m.shape.shape.unit_cuts.back(), unit_count(m.spec.model));
   }
-  const auto is_time = [](std::int64_t us) { return us > 0; };
-  const bool are_times = std::all_of(m.leaf_us.begin(), m.leaf_us.end(), is_time) &&
-                         (m.leaf_us.empty() || static_cast<int>(m.leaf_us.size()) == ranks);
-  if (problem.empty() && !are_times) {
+  const auto are_times = [ranks](const std::vector<std::int64_t>& list, std::int64_t least) {
+    return (list.empty() || static_cast<int>(list.size()) == ranks) &&
+           std::all_of(list.begin(), list.end(), [least](std::int64_t us) { return us >= least; });
+  };
+  if (problem.empty() && !are_times(m.leaf_us, 1)) {
     problem = fmt::format("leaf_us: {} entries; expected none or a time for each of the {} ranks",
                           m.leaf_us.size(), ranks);
+  }
+  if (problem.empty() && !are_times(m.layer_us, 0)) {
+    problem = fmt::format("layer_us: {} entries; expected none or a time for each of the {} ranks",
+                          m.layer_us.size(), ranks);
   }
   return problem;
 }

@@ -17,11 +17,10 @@ double slowest_us(const std::vector<int>& leaves, const std::vector<replica_pace
   return slowest;
 }
 
-/// Of the others; the lower one of an even count.
-double peers_median(const std::vector<replica_pace>& paces, std::size_t r) {
+double peers_median(const std::vector<double>& us, std::size_t r) {
   std::vector<double> others;
-  for (std::size_t i = 0; i < paces.size(); ++i)
-    if (i != r) others.push_back(paces[i].leaf_us);
+  for (std::size_t i = 0; i < us.size(); ++i)
+    if (i != r) others.push_back(us[i]);
   const auto middle = others.begin() + static_cast<std::ptrdiff_t>((others.size() - 1) / 2);
   std::nth_element(others.begin(), middle, others.end());
   return *middle;
@@ -50,9 +49,34 @@ std::vector<int> cuts_of(const std::vector<int>& leaves) {
   return cuts;
 }
 
-void leaf_watch::restart(std::int64_t now_ms) {
+outlier farthest_from_peers(const std::vector<double>& us) {
+  outlier found;
+  double farthest = 0;
+  for (std::size_t i = 0; i < us.size(); ++i) {
+    const double ratio = us[i] / peers_median(us, i);
+    const double distance = std::abs(std::log(ratio)) + (ratio > 1 ? 1e-9 : 0);
+    if (distance <= farthest) continue;
+    farthest = distance;
+    found = {static_cast<int>(i), ratio, std::abs(std::log(ratio))};
+  }
+  return found;
+}
+
+void pace_view::restart(std::int64_t now_ms) {
   started_ms_ = now_ms;
-  seen_ = view::even_enough;
+  seen_ = kind::even_enough;
+}
+
+bool pace_view::lasts(kind seen, std::int64_t now_ms, std::uint64_t step,
+                      const balance_rules& rules) {
+  if (seen != seen_) {
+    seen_ = seen;
+    since_ms_ = now_ms;
+    since_step_ = step;
+  }
+  return seen != kind::even_enough && now_ms - since_ms_ >= rules.ms &&
+         step >= since_step_ + static_cast<std::uint64_t>(rules.steps) &&
+         now_ms - started_ms_ >= rules.cool_down_ms;
 }
 
 std::optional<leaf_change> leaf_watch::look(std::int64_t now_ms, std::uint64_t step,
@@ -60,41 +84,29 @@ std::optional<leaf_change> leaf_watch::look(std::int64_t now_ms, std::uint64_t s
   const bool is_known = std::all_of(paces.begin(), paces.end(),
                                     [](const auto& p) { return p.leaf_us > 0 && p.leaves > 0; });
   if (paces.size() < 2 || !is_known) {
-    seen_ = view::even_enough;
+    (void)view_.lasts(pace_view::kind::even_enough, now_ms, step, rules_);
     return std::nullopt;
   }
-  leaf_change change;
-  double farthest = 0;
   std::int64_t leaf_count = 0;
   std::vector<double> leaf_us;
   std::vector<int> now;
-  for (std::size_t r = 0; r < paces.size(); ++r) {
-    const double ratio = paces[r].leaf_us / peers_median(paces, r);
-    // A slow one before a fast one that is as far off: of two they are the same fact.
-    if (std::abs(std::log(ratio)) + (ratio > 1 ? 1e-9 : 0) > farthest) {
-      farthest = std::abs(std::log(ratio)) + (ratio > 1 ? 1e-9 : 0);
-      change.replica = static_cast<int>(r);
-      change.ratio = ratio;
-    }
-    leaf_count += paces[r].leaves;
-    leaf_us.push_back(paces[r].leaf_us);
-    now.push_back(paces[r].leaves);
+  for (const replica_pace& p : paces) {
+    leaf_count += p.leaves;
+    leaf_us.push_back(p.leaf_us);
+    now.push_back(p.leaves);
   }
+  const outlier far = farthest_from_peers(leaf_us);
   const auto [least, most] = std::minmax_element(now.begin(), now.end());
-  view seen = view::even_enough;
-  if (farthest > std::log(rules_.slow_above)) {
-    seen = view::uneven_pace;
-  } else if (farthest < std::log(rules_.even_below) && *most - *least > 1) {
-    seen = view::uneven_shares;
+  auto seen = pace_view::kind::even_enough;
+  if (far.distance > std::log(rules_.slow_above)) {
+    seen = pace_view::kind::uneven_pace;
+  } else if (far.distance < std::log(rules_.even_below) && *most - *least > 1) {
+    seen = pace_view::kind::uneven_shares;
   }
-  if (seen != seen_) {
-    seen_ = seen;
-    since_ms_ = now_ms;
-    since_step_ = step;
-  }
-  const bool is_lasting = seen != view::even_enough && now_ms - since_ms_ >= rules_.ms &&
-                          step >= since_step_ + static_cast<std::uint64_t>(rules_.steps);
-  if (!is_lasting || now_ms - started_ms_ < rules_.cool_down_ms) return std::nullopt;
+  if (!view_.lasts(seen, now_ms, step, rules_)) return std::nullopt;
+  leaf_change change;
+  change.replica = far.index;
+  change.ratio = far.ratio;
   change.leaves = share_leaves(leaf_count, leaf_us);
   change.gain = 1 - slowest_us(change.leaves, paces) / slowest_us(now, paces);
   if (change.gain < rules_.gain_min) return std::nullopt;

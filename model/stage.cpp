@@ -1,6 +1,7 @@
 #include "model/stage.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 
 #include "config/result.hpp"
@@ -60,6 +61,17 @@ class carver {
   std::int64_t used_ = 0;
 };
 
+// Adds what its block takes: two readings of the clock for all layers of a pass.
+class stopwatch {
+ public:
+  explicit stopwatch(std::chrono::nanoseconds& total) : total_(total) {}
+  ~stopwatch() { total_ += std::chrono::steady_clock::now() - begin_; }
+
+ private:
+  std::chrono::nanoseconds& total_;
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+};
+
 // Places of a block's tensors in the flat parameter array.
 struct linear_places {
   int weight = -1, bias = -1;
@@ -103,6 +115,7 @@ struct stage::implementation {
   float* d_attention = nullptr;  // [M,C] scratch, dead at the end of a block's backward
   float* row_logits = nullptr;   // [V], whole models only
   std::int64_t allocated_floats = 0;
+  std::chrono::nanoseconds layers_time{0};
 
   bool embeds() const { return unit_begin == 0; }
   bool heads() const { return unit_end == unit_count(model); }
@@ -318,8 +331,11 @@ void stage::implementation::run_to_head(slot_arrays& s, const float* input,
     invariant(input != nullptr, "a stage without the embedding has an input");
     device.copy(first, input, boundary);  // the caller's array is free again when forward returns
   }
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    block_forward(blocks[i], s.blocks[i], i + 1 < blocks.size() ? s.blocks[i + 1].x : last);
+  {
+    const stopwatch layers(layers_time);
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      block_forward(blocks[i], s.blocks[i], i + 1 < blocks.size() ? s.blocks[i + 1].x : last);
+    }
   }
   if (heads()) {
     device.layernorm_forward(s.head.ln, s.head.mean, s.head.rstd, s.head.x, parameter(ln_f.weight),
@@ -410,6 +426,11 @@ stage::~stage() {
 bool stage::has_embedding() const { return self_->embeds(); }
 bool stage::has_head() const { return self_->heads(); }
 std::int64_t stage::boundary_count() const { return self_->rows * self_->model.d_model; }
+int stage::layer_count() const { return static_cast<int>(self_->blocks.size()); }
+std::int64_t stage::layers_us() const {
+  if (self_->blocks.empty()) return 0;  // reading the clock takes time, too
+  return std::chrono::duration_cast<std::chrono::microseconds>(self_->layers_time).count();
+}
 const batch_spec& stage::batch() const { return self_->batch; }
 const std::vector<tensor_info>& stage::tensors() const { return self_->tensors; }
 const std::vector<gradient_slot>& stage::gradient_layout() const { return self_->layout; }
@@ -483,10 +504,13 @@ void stage::backward_input(int slot, const float* output_gradient, float* input_
     s.device.copy(a.top_gradient, output_gradient, s.rows * c);
     dy = a.top_gradient;
   }
-  for (std::size_t i = s.blocks.size(); i-- > 0;) {
-    a.blocks[i].dy = dy;
-    s.block_backward_input(s.blocks[i], a.blocks[i], a.blocks[i].dx);
-    dy = a.blocks[i].dx;
+  {
+    const stopwatch layers(s.layers_time);
+    for (std::size_t i = s.blocks.size(); i-- > 0;) {
+      a.blocks[i].dy = dy;
+      s.block_backward_input(s.blocks[i], a.blocks[i], a.blocks[i].dx);
+      dy = a.blocks[i].dx;
+    }
   }
   if (s.embeds()) {
     a.embedding_dy = dy;
@@ -498,6 +522,7 @@ void stage::backward_input(int slot, const float* output_gradient, float* input_
 
 void stage::forget_microbatches() {
   for (slot_arrays& slot : self_->slots) slot.state = slot_state::free;
+  self_->layers_time = {};
   self_->device.weights_changed();
 }
 
@@ -514,8 +539,11 @@ void stage::backward_weight(int slot, float* gradients, bool accumulate) {
                                        s.gradient(gradients, s.ln_f.bias), h.d_ln, h.x, h.mean,
                                        h.rstd, s.rows, s.model.d_model, accumulate);
   }
-  for (std::size_t i = s.blocks.size(); i-- > 0;) {
-    s.block_backward_weight(s.blocks[i], a.blocks[i], gradients, accumulate);
+  {
+    const stopwatch layers(s.layers_time);
+    for (std::size_t i = s.blocks.size(); i-- > 0;) {
+      s.block_backward_weight(s.blocks[i], a.blocks[i], gradients, accumulate);
+    }
   }
   if (s.embeds()) {
     s.device.embedding_backward(gradients + s.wte_embed_offset, s.gradient(gradients, s.wpe),

@@ -50,6 +50,7 @@ class stage {
   bool has_embedding() const;
   bool has_head() const;
   std::int64_t boundary_count() const;  // B*T*C floats of a boundary activation
+  int layer_count() const;              // without embedding and head
 
   // ---- state, by tensor name; pointers live as long as the stage. What is written through them
   // counts from the next forget_microbatches() on, or the next call here.
@@ -85,6 +86,9 @@ class stage {
   /// Before a step: forgets the microbatches in flight, which a dropped step leaves between forward
   /// and weight gradient, and what was derived from weights.
   void forget_microbatches();
+  /// Time in the layers, without embedding and head, of all microbatches since then: what a worker
+  /// takes for a layer says how many it should have.
+  std::int64_t layers_us() const;
 
   /// Forward without keeping activations, for evaluation; same arguments and result as forward.
   double evaluate(const float* input, const std::int32_t* tokens, const std::int32_t* targets,

@@ -504,11 +504,10 @@ def group_elastic():
           f"five workers to one and back to five: {view['state']} {view['weights_hash']} {view.get('reason') or ''}")
 
 
-def group_stragglers():
-    """One of two replicas is stopped for half of the time: it gets fewer leaves, and the hash is the same."""
-    steps = 600
-    path = job_file("slow", steps, "2", explicit(1, 2), "400 steps")
-    cluster = Cluster("stragglers")
+def straggle(name, steps, stages, replicas, shares, words):
+    """One of two workers is stopped for more than half of the time: shares (of a plan, by name) move away from it."""
+    path = job_file(name, steps, "2", explicit(stages, replicas), f"{steps} steps")
+    cluster = Cluster(f"straggle-{name}")
     ended = threading.Event()
 
     def hinder(worker):
@@ -523,28 +522,42 @@ def group_stragglers():
         for _ in range(2):
             cluster.start_worker()
         job = cluster.submit(path)
-        cluster.wait_step(job, 20)
+        view = cluster.wait_step(job, 20)
         slow = cluster.members(job)[1]
+        before = shares(view["plan"])[slow]
         thread = threading.Thread(target=hinder, args=(cluster.workers[slow],))
         thread.start()
 
-        def leaves(view):
-            if not view.get("plan"):
-                return {}
-            cuts = view["plan"]["leaf_cuts"]
-            return {m["name"]: cuts[m["replica"] + 1] - cuts[m["replica"]] for m in view["plan"]["members"]}
+        def share(view):
+            return shares(view["plan"]).get(slow, before) if view.get("plan") else before
         moved = cluster.wait(job, lambda v: v["state"] == "COMPLETED" or
-                             (leaves(v).get(slow, 4) < 4 and v["state"] == "RUNNING"), 60, "fewer leaves for the slow one")
-        check(leaves(moved).get(slow, 4) < 4, f"the slow worker has fewer leaves: {leaves(moved)}")
+                             (share(v) < before and v["state"] == "RUNNING"), 60, f"fewer {words} for the slow one")
+        check(share(moved) < before, f"the slow worker has fewer {words}: {share(moved)}, {before} before")
         check(moved["recoveries"] == 0 and moved["redone_steps"] == 0, "nobody was given up and no step done again")
-        words = cluster.cli("why", job).stdout
-        check(f"{slow} took" in words, f"why says it with figures: {words.strip()}")
+        why = cluster.cli("why", job).stdout
+        check(f"{slow} took" in why, f"why says it with figures: {why.strip()}")
         ended.set()
         thread.join()
-        same(cluster.finish(job), steps, "a run in which leaves moved")
+        same(cluster.finish(job), steps, f"a run in which {words} moved")
+        return [e["kind"] for e in cluster.call("GET", f"/jobs/{name}/events")["events"]]
     finally:
         ended.set()
         cluster.close()
+
+
+def group_stragglers():
+    """A slow replica gets fewer leaves, a slow stage fewer layers, and the hash is the same."""
+    def leaves(plan):
+        cuts = plan["leaf_cuts"]
+        return {m["name"]: cuts[m["replica"] + 1] - cuts[m["replica"]] for m in plan["members"]}
+
+    def units(plan):
+        cuts = plan["unit_cuts"]
+        return {m["name"]: cuts[m["stage"] + 1] - cuts[m["stage"]] for m in plan["members"]}
+
+    straggle("slow", 400, 1, 2, leaves, "leaves")
+    kinds = straggle("slow-stage", 500, 2, 1, units, "layers")
+    check("feed_done" in kinds and "layers_moved" in kinds, f"the layers were fed while it ran: {sorted(set(kinds))}")
 
 
 def group_trace():

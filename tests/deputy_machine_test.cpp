@@ -304,6 +304,30 @@ TEST_CASE("a deputy's generation shares the leaves out by the times that its pla
   CHECK(commits[0].second.leaf_us == std::vector<std::int64_t>{100, 200});
 }
 
+TEST_CASE("a deputy's generation is cut by the times that its plan came with") {
+  bench b(1, 3);
+  job_spec& spec = b.newest.spec;
+  spec.model.n_layer = 6;
+  b.newest.shape.shape = *choose_layout(spec, 3);
+  REQUIRE(b.newest.shape.shape.unit_cuts == std::vector<int>{0, 3, 5, 8});
+  b.newest.leaf_us = {200, 600, 200};
+  b.newest.layer_us = {100, 300, 100};
+  b.facts.greeting = greeting_of(1, b.newest);
+  b.wait(1'500);
+  b.answers(2);
+  b.gone(3);
+  b.step(deputy_events::reported{"p1", b.holds(2, 21)});
+  b.step(deputy_events::reported{"p2", b.holds(2, 21)});
+  const auto commits = b.ordered<commit>();
+  REQUIRE(commits.size() == 2);
+  const commit& c = commits[0].second;
+  REQUIRE(c.shape.members[0].worker == w(1));
+  // By hand: 5 x 100 and 1 x 300; 4 and 2 would be 600, even ones 900.
+  CHECK(c.shape.shape.unit_cuts == std::vector<int>{0, 6, 8});
+  CHECK(c.leaf_us == std::vector<std::int64_t>{500, 300});
+  CHECK(c.layer_us == std::vector<std::int64_t>{100, 300});
+}
+
 TEST_CASE("a deputy moves no leaves of itself") {
   bench b(1, 2);
   b.wait(1'500);

@@ -2,6 +2,7 @@
 
 #include <doctest/doctest.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -432,4 +433,26 @@ TEST_CASE("a narrow inner layer does not squeeze the arrays that backward puts t
     moved = kept;
     CHECK(std::abs(g[5] - (up - down) / 2e-5) <= 5e-6 * largest);
   }
+}
+
+TEST_CASE("a stage tells the time in its layers from that in embedding and head") {
+  const auto device = make_reference_backend();
+  pipeline p(small_model(), small_batch(), {0, 1, 3, 4}, *device);
+  const auto began = std::chrono::steady_clock::now();
+  for (int microbatch = 0; microbatch < 10; ++microbatch) {
+    p.forward(microbatch);
+    p.backward_input(0, 1.0F);
+    p.backward_weight(0, microbatch > 0);
+  }
+  const auto all = std::chrono::steady_clock::now() - began;
+  CHECK(p.stages[0]->layer_count() == 0);
+  CHECK(p.stages[0]->layers_us() == 0);
+  CHECK(p.stages[1]->layer_count() == 2);
+  CHECK(p.stages[1]->layers_us() > 0);
+  CHECK(p.stages[1]->layers_us() <=
+        std::chrono::duration_cast<std::chrono::microseconds>(all).count());
+  CHECK(p.stages[2]->layer_count() == 0);
+  CHECK(p.stages[2]->layers_us() == 0);
+  p.stages[1]->forget_microbatches();
+  CHECK(p.stages[1]->layers_us() == 0);
 }

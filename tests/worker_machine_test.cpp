@@ -91,9 +91,10 @@ TEST_CASE("a worker greets, is welcomed, and beats once a period") {
   CHECK(b.machine.id() == 7);
   b.step(worker_events::tick{1000, 0});
   CHECK(b.sent<beat>().empty());
-  b.step(worker_events::tick{1100, 0, {}, 0, 700});
+  b.step(worker_events::tick{1100, 0, {}, 0, 700, 200});
   REQUIRE(b.sent<beat>().size() == 1);
   CHECK(b.sent<beat>()[0].leaf_us == 700);
+  CHECK(b.sent<beat>()[0].layer_us == 200);
 }
 
 TEST_CASE("beats say what the trainer's thread is at, and come closer while it stands") {

@@ -22,7 +22,7 @@ ROOMS = {
 # Single headers that a room may take from a room it may not enter otherwise.
 HEADERS = {
     "coordinator": {"model/plan.hpp", "model/copies.hpp", "model/schedule.hpp", "model/leaf_tree.hpp",
-                    "model/leaf_shares.hpp", "model/tensor_names.hpp"},
+                    "model/leaf_shares.hpp", "model/layer_shares.hpp", "model/tensor_names.hpp"},
     # A deputy stands in for the coordinator: it runs the coordinator's own job_machine on its records, writes
     # manifests by its checkpoint_keeper on a thread of its own, and speaks by its field lists.
     "worker": {"coordinator/messages.hpp", "coordinator/wire.hpp", "coordinator/wire_fields.hpp",
@@ -31,7 +31,7 @@ HEADERS = {
 }
 # Files that decide: no clock, thread, socket, disk, random, unordered walk; no library of the world.
 DECISION = re.compile(
-    r"(^|/)(\w+_machine|plan|copies|schedule|leaf_tree|leaf_shares|tensor_names|messages|records|vote)\.(hpp|cpp)$")
+    r"(^|/)(\w+_machine|plan|copies|schedule|leaf_tree|leaf_shares|layer_shares|tensor_names|messages|records|vote)\.(hpp|cpp)$")
 WORLD = re.compile(
     r"^(caf/|rocksdb/|boost/|openssl/|cuda|nccl|sys/|netinet/|unistd\.h|thread$|mutex$|chrono$|random$|fstream$"
     r"|filesystem$|unordered_map$|unordered_set$|condition_variable$|future$|atomic$|ctime$|time\.h)")

@@ -137,7 +137,7 @@ void add_coordinator(command_line c) {
                   "seconds that a job runs before a higher one may take its workers (default 30)")
       ->check(CLI::Range(0.0, 86400.0));
   app->add_option("--rebalance-after", own->rebalance_after_s,
-                  "seconds between two moves of leaves from slow workers to fast ones (default 30)")
+                  "seconds between two moves of leaves or layers from slow workers (default 30)")
       ->check(CLI::Range(0.0, 86400.0));
   add_daemon_flags(app, own);
   app->callback([c, own] { c.run = [c, own] { return run_coordinator(c.flags, *own); }; });

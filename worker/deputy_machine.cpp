@@ -12,8 +12,8 @@ constexpr int ranks_waited_for_max = 8;
 // Saves whose manifests the coordinator had under way when it died: a deputy's own come after them.
 constexpr std::uint64_t seq_headroom = 16;
 
-/// Who is slow is no loss and can wait for the coordinator: a deputy shares leaves out by what was
-/// measured before, but makes no generation to move them.
+/// Who is slow is no loss and can wait for the coordinator: a deputy shares leaves and
+/// layers out by what was measured before, but makes no generation to move them.
 balance_rules never_of_itself() {
   balance_rules rules;
   rules.gain_min = 1;
@@ -230,8 +230,8 @@ void deputy_machine::stand(const std::string& why) {
   r.record.number = std::max(own.promised, plan_.generation);
   r.record.step = own.step;
   r.record.started_unix_ms = 1;  // not told to anybody; it did start
-  r.generation = generation_record{newest.shape,  newest.source,  newest.step,   newest.chain,
-                                   newest.reason, newest.unix_ms, newest.leaf_us};
+  r.generation = generation_record{newest.shape,  newest.source,  newest.step,    newest.chain,
+                                   newest.reason, newest.unix_ms, newest.leaf_us, newest.layer_us};
   r.record.distrusted = own.distrusted;
   for (const auto& [worker, p] : peers_) {
     const distrust& heard = p.greeting.distrusted;

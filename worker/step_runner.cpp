@@ -341,6 +341,7 @@ result<vote_result> step_runner::compute(std::uint64_t step, std::uint64_t chain
     if (auto done = carry_out(what, step); !done) return done.err();
     if (pulse_ != nullptr) pulse_->count();
   }
+  times_.layers_us = stage_.layers_us();
   const recorded_span span(spans_, {op::step});
   return vote(step, chain, orders);
 }

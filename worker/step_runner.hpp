@@ -44,6 +44,7 @@ using order_source =
 
 struct step_times {
   std::int64_t forward_us = 0, backward_input_us = 0, backward_weight_us = 0;
+  std::int64_t layers_us = 0;  // of these three: all but embedding and head
   std::int64_t wait_us = 0, reduce_us = 0, copy_us = 0, vote_us = 0, apply_us = 0;
   std::int64_t hash_us = 0;  // of vote_us
 };

@@ -555,6 +555,7 @@ struct trainer::implementation {
     last_save_time = clock::now();
     last_step_time = clock::now();
     leaf_us.store(0);
+    layer_us.store(0);
     return ok();
   }
 
@@ -1068,9 +1069,13 @@ struct trainer::implementation {
     const step_times& t = runner->times();
     const auto leaves = std::max(1, shape.shape.leaf_cuts[shape.replica_of(my_rank) + 1] -
                                         shape.shape.leaf_cuts[shape.replica_of(my_rank)]);
-    const std::int64_t us = (t.forward_us + t.backward_input_us + t.backward_weight_us) / leaves;
-    const std::int64_t before = leaf_us.load();
-    leaf_us.store(before == 0 ? us : before + (us - before) / 8);
+    const auto follow = [](std::atomic<std::int64_t>& mean, std::int64_t us) {
+      const std::int64_t before = mean.load();
+      mean.store(before == 0 ? us : before + (us - before) / 8);
+    };
+    follow(leaf_us, (t.forward_us + t.backward_input_us + t.backward_weight_us) / leaves);
+    const int layers = model->layer_count();
+    if (layers > 0) follow(layer_us, t.layers_us / leaves / layers);
   }
 
   // ---- status
@@ -1104,8 +1109,8 @@ struct trainer::implementation {
   trainer::status shown;
   // Of the step that is computed, if it is traced: the trainer's thread alone.
   std::vector<instruction_span> spans;
-  std::uint64_t trace_request = 0;       // 0: it is not
-  std::atomic<std::int64_t> leaf_us{0};  // 0: no step of this generation was computed yet
+  std::uint64_t trace_request = 0;                    // 0: it is not
+  std::atomic<std::int64_t> leaf_us{0}, layer_us{0};  // 0: no step of this generation was computed
 
   // The trainer's thread alone:
   std::unique_ptr<stage> model;
@@ -1200,6 +1205,7 @@ trainer::status trainer::now() const {
   status shown = self_->shown;
   shown.pulse = self_->pulse.now();
   shown.leaf_us = self_->leaf_us.load();
+  shown.layer_us = self_->layer_us.load();
   return shown;
 }
 

@@ -58,7 +58,8 @@ class trainer {
     std::uint64_t job = 0, generation = 0, plan_hash = 0, step = 0;
     worker_phase phase = worker_phase::idle;
     trainer_pulse pulse{};
-    std::int64_t leaf_us = 0;  // computing one leaf on this stage, mean of the newest steps
+    std::int64_t leaf_us = 0;   // computing one leaf on this stage, mean of the newest steps
+    std::int64_t layer_us = 0;  // of it, one layer; 0: the stage has none
   };
   status now() const;
 

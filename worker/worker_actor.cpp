@@ -283,7 +283,7 @@ class running_worker : public worker {
                                .count();
       const trainer::status shown = training_now->now();
       caf::anon_send(to, worker_event{worker_events::tick{now, shown.step, shown.pulse, unix_ms,
-                                                          shown.leaf_us}});
+                                                          shown.leaf_us, shown.layer_us}});
     });
     return ok();
   }

@@ -77,6 +77,7 @@ void worker_machine::on(const worker_events::tick& e) {
   follow(e.step);
   unix_ms_ = e.unix_ms;
   leaf_us_ = e.leaf_us;
+  layer_us_ = e.layer_us;
   if (decider_ && !is_own_deputy() && own_ms_ - decider_heard_ms_ >= deputy_.rules().follow) {
     leave_deputy();
   }
@@ -96,6 +97,7 @@ beat worker_machine::pulse_now() const {
   b.waits_for = pulse_.waits_for;
   b.stands_ms = own_ms_ - moved_own_ms_;
   b.leaf_us = leaf_us_;
+  b.layer_us = layer_us_;
   return b;
 }
 

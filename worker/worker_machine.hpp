@@ -53,8 +53,8 @@ struct tick {
   std::uint64_t step = 0;
   trainer_pulse pulse{};
   std::int64_t unix_ms = 0;
-  std::int64_t leaf_us = 0;  // see beat
-};                           // about every 100 ms
+  std::int64_t leaf_us = 0, layer_us = 0;  // see beat
+};                                         // about every 100 ms
 struct stopping {
   std::string reason;
 };  // orderly end of this process
@@ -222,7 +222,7 @@ class worker_machine {
   std::uint64_t id_ = 0, incarnation_ = 0;
   std::int64_t beat_ms_ = 1000, next_beat_ms_ = 0, now_ms_ = 0;
   trainer_pulse pulse_;
-  std::int64_t leaf_us_ = 0;
+  std::int64_t leaf_us_ = 0, layer_us_ = 0;
   std::int64_t own_ms_ = 0, moved_own_ms_ = 0;  // time without what this process slept through
 
   worker_phase phase_ = worker_phase::idle;

@@ -172,6 +172,7 @@ class cluster {
   void check_preemption(const event_record& e);
   void check_size(const commit& c);
   void check_moves(const event_record& e);
+  void check_layer_move(const commit& c, const plan& former);
   /// Something happened that excuses a gang that does not start; its effects last that long.
   void disturb(us for_us = 0) {
     ++disturbances_;
@@ -197,6 +198,8 @@ class cluster {
   void exchange(const process_ptr& p, std::uint64_t epoch);
   void run_trainer(const process_ptr& p);
   us leaf_us(const process_ptr& p);
+  us layer_us(const process_ptr& p);
+  double stage_share(const plan& shape, const job_spec& spec, int rank) const;
   void begin_step(const process_ptr& p);
   void end_compute(const process_ptr& p, std::uint64_t epoch);
   void give_to_copies(const process_ptr& p);

@@ -21,7 +21,8 @@ struct outcome {
   std::uint64_t feeds = 0, fed_switches = 0;  // begun; and whole
   std::uint64_t covered_losses = 0;           // commits after a loss that copies must have covered
   std::uint64_t deputies = 0, deputy_generations = 0, adoptions = 0, merges = 0;
-  std::uint64_t leaf_moves = 0;  // between replicas, since some were slower
+  std::uint64_t leaf_moves = 0;   // between replicas, since some were slower
+  std::uint64_t layer_moves = 0;  // between stages
 };
 
 /// Same seed, same history. is_loud prints every event to stdout.

@@ -3,6 +3,7 @@
 
 #include "coordinator/wire.hpp"
 #include "model/plan.hpp"
+#include "model/tensor_names.hpp"
 #include "tests/sim/cluster.hpp"
 
 namespace stagecoach::sim {
@@ -38,20 +39,51 @@ void cluster::check_preemption(const event_record& e) {
   });
 }
 
-/// Leaves don't go to and fro: one move in a cool-down, and that long after a generation began, by
-/// the coordinator's time, which a slow disk holds up.
+/// Leaves and layers don't go to and fro: one move in a cool-down, and that long after a generation
+/// began, by the coordinator's time, which a slow disk holds up.
 void cluster::check_moves(const event_record& e) {
   const std::uint64_t job = value(e.job);
-  if (e.kind == "leaves_moved") {
-    ++result_.leaf_moves;
+  if (e.kind == "leaves_moved" || e.kind == "layers_moved") {
+    if (e.kind == "leaves_moved") ++result_.leaf_moves;
     const auto started = started_.find(job);
     if (started != started_.end() &&
         e.unix_ms - started->second < shares_.leaves.cool_down_ms - 200) {
-      violate("leaves of job {} move {} ms after its generation began", job,
+      violate("{} of job {}, {} ms after its generation began", e.kind, job,
               e.unix_ms - started->second);
     }
   } else if (e.kind == "generation_started" || e.kind == "generation_adopted") {
     started_[job] = e.unix_ms;
+  }
+}
+
+/// Layers move because they are done sooner by that, and what they take is there before.
+void cluster::check_layer_move(const commit& c, const plan& former) {
+  ++result_.layer_moves;
+  if (now_ < quiet_since_) return;
+  // Moments that replicas share are not fed.
+  if (!c.transfers.empty() && !is_sharded(c.spec, c.shape.shape.replica_count)) {
+    return violate("generation {} of job {} moves layers, and {} tensors are still to be copied",
+                   c.shape.generation, value(c.shape.job), c.transfers.size());
+  }
+  const auto slowest = [this, &c](const plan& p) {
+    double most = 0;
+    for (std::size_t rank = 0; rank < p.members.size(); ++rank) {
+      const auto r = static_cast<std::size_t>(p.replica_of(static_cast<int>(rank)));
+      const int leaves = p.shape.leaf_cuts[r + 1] - p.shape.leaf_cuts[r];
+      most = std::max(most, leaves * by_id_.at(p.members[rank].process)->step_ms *
+                                stage_share(p, c.spec, static_cast<int>(rank)));
+    }
+    return most;
+  };
+  for (const plan_member& m : c.shape.members) {
+    // Whose pace changed while the layers were on their way.
+    if (now_ - by_id_.at(m.process)->paced_at < 20 * second) return;
+  }
+  const double before = slowest(former), after = slowest(c.shape);
+  if (after > before * (1 - shares_.leaves.gain_min) * 1.001) {
+    violate(
+        "generation {} of job {} moves layers: its slowest stage took {:.0f} before, {:.0f} now",
+        c.shape.generation, value(c.shape.job), before, after);
   }
 }
 
@@ -83,6 +115,9 @@ void cluster::check_size(const commit& c) {
     violate("generation {} of job {} moves leaves, {} tensors and {} steps back",
             c.shape.generation, job, c.transfers.size(), applied_[job] - c.step);
   }
+  if (is_balance && former.members.size() == c.shape.members.size() &&
+      former.shape.unit_cuts != c.shape.shape.unit_cuts)
+    check_layer_move(c, former);
   if (is_shrink && now_ >= quiet_since_ && c.step < applied_[job]) {
     violate("generation {} of job {} gives workers away and starts at step {}; step {} was done",
             c.shape.generation, job, c.step, applied_[job]);

@@ -72,6 +72,7 @@ void cluster::faults() {
   if (chance(rates_.priority * period)) change_priority();
   if (auto p = pick(); p && chance(rates_.pace * period)) {
     p->step_ms = static_cast<int>(draw(5, 300));
+    p->paced_at = now_;
     say("{} takes {} ms for a step alone now", p->name, p->step_ms);
   }
   if (auto p = pick(); p && chance(rates_.kill * period)) kill(p);

@@ -90,6 +90,7 @@ int main(int argc, char** argv) {
     sum.adoptions += x.adoptions;
     sum.merges += x.merges;
     sum.leaf_moves += x.leaf_moves;
+    sum.layer_moves += x.layer_moves;
     if (x.safety.empty() && x.liveness.empty()) continue;
     ++bad;
     if (!x.safety.empty()) fmt::print("seed {}: safety: {}\n", s, x.safety);
@@ -100,12 +101,13 @@ int main(int argc, char** argv) {
   fmt::print(
       "{} seeds from {}: {} events, {} steps, {} generations, {} lost workers, {} coordinator "
       "crashes, {} live loads, {} roll-forwards, {} loads from checkpoints, {} losses with copies, "
-      "{} feeds, {} done, {} saves, {} hangs, {} preemptions, {} moves of leaves, {} deputies, {} "
+      "{} feeds, {} done, {} saves, {} hangs, {} preemptions, {} moves of leaves, {} of layers, {} "
+      "deputies, {} "
       "generations of theirs, {} adopted, {} merged; {} bad; "
       "{:.1f} s\n",
       done, seed, sum.events, sum.steps, sum.generations, sum.lost_workers, sum.coordinator_crashes,
       sum.live_recoveries, sum.roll_forwards, sum.rollbacks, sum.covered_losses, sum.feeds,
-      sum.fed_switches, sum.saves, sum.hangs, sum.preemptions, sum.leaf_moves, sum.deputies,
-      sum.deputy_generations, sum.adoptions, sum.merges, bad, took.count());
+      sum.fed_switches, sum.saves, sum.hangs, sum.preemptions, sum.leaf_moves, sum.layer_moves,
+      sum.deputies, sum.deputy_generations, sum.adoptions, sum.merges, bad, took.count());
   return bad == 0 ? 0 : 1;
 }

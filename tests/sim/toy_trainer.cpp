@@ -1,5 +1,8 @@
 // A trainer without arithmetic: prepares, loads, runs, votes and saves as the real one does.
+#include <cmath>
+
 #include "model/copies.hpp"
+#include "model/layer_shares.hpp"
 #include "model/tensor_names.hpp"
 #include "tests/sim/cluster.hpp"
 
@@ -258,7 +261,36 @@ void cluster::run_trainer(const process_ptr& p) {
 us cluster::leaf_us(const process_ptr& p) {
   const toy_trainer& t = p->trainer;
   if (t.now != toy_trainer::doing::running || t.step <= t.order.step) return 0;
-  return p->step_ms * ms / t.spec.batch.leaf_count;
+  return std::max<us>(
+      1, std::llround(static_cast<double>(p->step_ms * ms) * stage_share(t.shape, t.spec, t.rank) /
+                      static_cast<double>(t.spec.batch.leaf_count)));
+}
+
+us cluster::layer_us(const process_ptr& p) {
+  const toy_trainer& t = p->trainer;
+  const int stage = t.shape.stage_of(t.rank);
+  if (leaf_us(p) == 0 ||
+      layers_of(t.spec.model, t.shape.shape.unit_cuts)[static_cast<std::size_t>(stage)] == 0)
+    return 0;
+  plan one_layer = t.shape;
+  one_layer.shape.unit_cuts[static_cast<std::size_t>(stage)] = 1;
+  one_layer.shape.unit_cuts[static_cast<std::size_t>(stage) + 1] = 2;
+  return std::max<us>(1, std::llround(static_cast<double>(p->step_ms * ms) *
+                                      stage_share(one_layer, t.spec, t.rank) /
+                                      static_cast<double>(t.spec.batch.leaf_count)));
+}
+
+/// Of a step's work, its stage's part times the count of stages: about 1, whatever the layout.
+double cluster::stage_share(const plan& shape, const job_spec& spec, int rank) const {
+  const auto stage = static_cast<std::size_t>(shape.stage_of(rank));
+  double mine = 0, all = 0;
+  for (int unit = 0; unit < unit_count(spec.model); ++unit) {
+    const double cost = unit_cost(spec.model, spec.batch.sequence_tokens, unit);
+    all += cost;
+    if (unit >= shape.shape.unit_cuts[stage] && unit < shape.shape.unit_cuts[stage + 1])
+      mine += cost;
+  }
+  return shape.shape.stage_count * mine / all;
 }
 
 void cluster::begin_step(const process_ptr& p) {
@@ -266,7 +298,9 @@ void cluster::begin_step(const process_ptr& p) {
   const plan& shape = p->trainer.shape;
   const auto replica = static_cast<std::size_t>(shape.replica_of(p->trainer.rank));
   const int leaves = shape.shape.leaf_cuts[replica + 1] - shape.shape.leaf_cuts[replica];
-  const us most = p->step_ms * ms * leaves / p->trainer.spec.batch.leaf_count;
+  const us most = std::llround(static_cast<double>(p->step_ms * ms * leaves) *
+                               stage_share(shape, p->trainer.spec, p->trainer.rank) /
+                               static_cast<double>(p->trainer.spec.batch.leaf_count));
   on(p, delay(most / 2, most), [this, p, epoch] { end_compute(p, epoch); });
 }
 

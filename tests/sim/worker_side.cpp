@@ -8,7 +8,7 @@ void cluster::start_process(const std::string& name) {
   p->name = name;
   p->id = fmt::format("{:032x}", next_process_++);
   p->step_ms = static_cast<int>(draw(5, 150));
-  p->steady_since = now_;
+  p->steady_since = p->paced_at = now_;
   worker_identity identity;
   identity.name = name;
   identity.process = p->id;
@@ -26,7 +26,8 @@ void cluster::start_process(const std::string& name) {
     if (!p->is_alive) return false;
     const std::uint64_t step = p->trainer.has_state ? p->trainer.step : 0;
     if (!p->is_frozen)
-      step_worker(p, worker_events::tick{now_ / ms, step, pulse_of(p), now_ / ms, leaf_us(p)});
+      step_worker(
+          p, worker_events::tick{now_ / ms, step, pulse_of(p), now_ / ms, leaf_us(p), layer_us(p)});
     return true;
   });
 }

@@ -160,7 +160,8 @@ struct process {
   std::vector<std::function<void()>> deferred;
   us last_emit = 0, last_command = 0;
   std::map<process_id, us> last_to;  // by peer: its line keeps the order
-  int step_ms = 50;
+  int step_ms = 50;                  // for a whole step by itself
+  us paced_at = 0;                   // since when
   // The oracle's.
   std::uint64_t obeys = 0;      // newest incarnation that welcomed it
   connection_id welcomed_on{};  // the channel on which the newest did
