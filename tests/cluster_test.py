@@ -653,7 +653,7 @@ def group_links():
             name = f"{kind}-{number.name.lower()}"
             cluster = begin(name, [kind] * 3)
             try:
-                job = cluster.submit(job_file(name, 400, "2..3", explicit(1, 2), "50 steps"))
+                job = cluster.submit(job_file(name, steps, "2..3", explicit(1, 2), "50 steps"))
                 generation = cluster.wait_step(job, 50)["generation"]
                 victim = RANDOM.choice(cluster.members(job))
                 began = time.monotonic()
@@ -666,7 +666,7 @@ def group_links():
                     check(others == [2, 2], f"who is left has the memory of the new generation alone: {others}")
                 if number == signal.SIGSTOP:
                     cluster.kill(victim, signal.SIGCONT)
-                same(cluster.finish(job), 400, f"{number.name} of a member, links {kind}")
+                same(cluster.finish(job), steps, f"{number.name} of a member, links {kind}")
             finally:
                 cluster.close()
         check(seconds["shared-memory"] < seconds["tcp"] + 1, f"{number.name} to the next generation, in s: {seconds}")
