@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The doors between the rooms (DESIGN section 2), read from the #include lines.
 
-usage: check_doors.py ROOT
+usage: check_doors.py [ROOT]     the repository that it stands in, if none is named
 Fails, naming file and line, when a file includes a room that its own room may not enter, when a
 decision file includes a library that touches the world, or when CAF, Beast or CUDA headers stand outside
 the few files that may have them.
@@ -69,10 +69,11 @@ def problems(root):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) > 2:
         print(__doc__, file=sys.stderr)
         return 2
-    found = list(problems(pathlib.Path(sys.argv[1])))
+    own = pathlib.Path(__file__).resolve().parent.parent
+    found = list(problems(pathlib.Path(sys.argv[1]) if len(sys.argv) == 2 else own))
     for problem in found:
         print(problem)
     print(f"doors: {len(found)} broken" if found else "doors: all kept")
