@@ -482,7 +482,7 @@ api_outcome route_job(const http_request& r, const api_state& s, job_id id,
         return error_response(404, "not_found",
                               "no trace of this job. next: POST {\"next\": 3} here, or stagecoach "
                               "trace JOB");
-      return trace_answer(*t);
+      return trace_answer(*t, r.query.count("brief") == 0);
     }
     auto body = body_of(r);
     if (!body) return error_answer(body.err());
@@ -702,16 +702,17 @@ http_response log_answer(const vote_log& log) {
   return json_answer(200, answer);
 }
 
-http_response trace_answer(const trace& t) {
+http_response trace_answer(const trace& t, bool with_spans) {
   json workers = json::array();
   for (const auto& [id, m] : t.members) {
     json steps = json::array();
-    for (const auto& [step, x] : m.steps)
+    for (const auto& [step, x] : m.steps) {
       steps.push_back({{"step", step},
                        {"generation", x.generation},
                        {"began_ns", x.began_ns},
-                       {"is_cut", x.is_cut},
-                       {"spans", x.spans}});
+                       {"is_cut", x.is_cut}});
+      if (with_spans) steps.back()["spans"] = x.spans;
+    }
     workers.push_back({{"name", m.name},
                        {"host", m.host},
                        {"rank", m.rank},

@@ -88,7 +88,8 @@ http_response accepted_answer(const actions::reply_value& value, const cluster_m
 http_response checkpoints_answer(const std::vector<checkpoint_entry>& entries, check_depth depth,
                                  const std::map<std::uint64_t, checkpoint_record>& index);
 http_response log_answer(const vote_log& log);
-http_response trace_answer(const trace& t);
+/// Without the instructions where only what has come is asked for.
+http_response trace_answer(const trace& t, bool with_spans = true);
 http_response generations_answer(const std::vector<generation_record>& list);
 http_response manifest_answer(const checkpoint_keeper& keeper, const job_place& job,
                               const checkpoint_entry& entry);

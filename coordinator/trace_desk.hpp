@@ -44,8 +44,8 @@ class trace_desk {
  public:
   using messages = std::vector<std::pair<worker_id, to_worker>>;
   static constexpr std::uint64_t steps_max = 64;
-  static constexpr std::size_t parts_max = 4096;  // steps times workers: 4 MiB each at the worst
-  static constexpr std::size_t spans_max = 8'000'000;
+  static constexpr std::size_t parts_max = 4096;       // steps times workers
+  static constexpr std::size_t spans_max = 1'000'000;  // 32 MB here, about as much as text
   static constexpr int questions = 8;
 
   /// members: of the job's generation that runs, in the order of their ranks. Fails: usage (steps

@@ -14,6 +14,16 @@
 
 namespace stagecoach::test {
 
+/// The disk's answer: the newest whole checkpoint is of this step, as bench::save_step made it with
+/// chain 1000 + step.
+inline checkpoint_found found_at(std::uint64_t step, std::uint64_t request,
+                                 std::vector<std::string> skipped = {}) {
+  checkpoint_facts facts;
+  facts.step = step;
+  facts.chain = 1000 + step;
+  return {static_cast<job_id>(1), request, facts, std::move(skipped)};
+}
+
 /// A job with hands: says what workers would say.
 struct bench {
   explicit bench(job_spec spec) : machine(fresh(std::move(spec))) { tick(0); }

@@ -97,11 +97,7 @@ TEST_CASE("a checkpoint that was found damaged is no reason to go below what is 
   b.give({2});
   const auto finds = all_of<actions::find_checkpoint>(b.answer(2, b.machine.record().number));
   REQUIRE(finds.size() == 1);
-  checkpoint_facts facts;
-  facts.step = 12;
-  facts.chain = 1012;
-  const auto committed = b.step(
-      checkpoint_found{static_cast<job_id>(1), finds[0].request, facts, {"step 14 is damaged"}});
+  const auto committed = b.step(found_at(12, finds[0].request, {"step 14 is damaged"}));
   REQUIRE(sent<commit>(committed).size() == 1);
   CHECK(sent<commit>(committed)[0].second.step == 12);
   CHECK(b.machine.checkpoints().rbegin()->first == 12);
@@ -155,11 +151,7 @@ TEST_CASE("a stage that nobody holds any more comes from the newest durable chec
   const auto asked = b.answer(3, 2);
   const auto finds = all_of<actions::find_checkpoint>(asked);
   REQUIRE(finds.size() == 1);
-  checkpoint_facts facts;
-  facts.step = 15;
-  facts.chain = 1015;
-  const auto decided = b.step(
-      checkpoint_found{static_cast<job_id>(1), finds[0].request, facts, {"step 20 is damaged"}});
+  const auto decided = b.step(found_at(15, finds[0].request, {"step 20 is damaged"}));
   CHECK(has_note(decided, "checkpoint_skipped"));
   const auto commits = sent<commit>(decided);
   REQUIRE(commits.size() == 2);
@@ -225,11 +217,7 @@ TEST_CASE("who did not answer the plan before is waited for while that plan has 
   b.answer(3, 3);
   const auto finds = all_of<actions::find_checkpoint>(b.tick(2'100));
   REQUIRE(finds.size() == 1);
-  checkpoint_facts facts;
-  facts.step = 10;
-  facts.chain = 1010;
-  CHECK(sent<commit>(b.step(checkpoint_found{static_cast<job_id>(1), finds[0].request, facts, {}}))
-            .empty());
+  CHECK(sent<commit>(b.step(found_at(10, finds[0].request))).empty());
   const auto commits = sent<commit>(b.answer(2, 3, 20, all));
   REQUIRE_FALSE(commits.empty());
   CHECK(commits[0].second.step == 20);
@@ -247,10 +235,7 @@ TEST_CASE("a step that was reported is worth a wait until a generation below it 
   b.answer(3, 2);
   auto finds = all_of<actions::find_checkpoint>(b.answer(stays, 2, 25, b.stage(1)));
   REQUIRE(finds.size() == 1);
-  checkpoint_facts facts;
-  facts.step = 21;
-  facts.chain = 1021;
-  const checkpoint_found found{static_cast<job_id>(1), finds[0].request, facts, {}};
+  const checkpoint_found found = found_at(21, finds[0].request);
   REQUIRE(sent<commit>(b.step(found)).size() == 2);  // of 25 nobody has the first stage
   CHECK(b.machine.view().step == 21);                // else it would go back when it runs
   b.step(job_events::worker_gone{w(3), "killed"});
@@ -259,7 +244,7 @@ TEST_CASE("a step that was reported is worth a wait until a generation below it 
   b.answer(5, 3);
   finds = all_of<actions::find_checkpoint>(b.tick(2'100));
   REQUIRE(finds.size() == 1);
-  const checkpoint_found again{static_cast<job_id>(1), finds[0].request, facts, {}};
+  const checkpoint_found again = found_at(21, finds[0].request);
   CHECK(sent<commit>(b.step(again)).empty());  // who holds half of 25 is silent
   CHECK(sent<commit>(b.answer(stays, 3, 25, b.stage(1))).size() == 2);
 }
@@ -277,13 +262,10 @@ TEST_CASE("who lives and is not heard may have gone on, further than what is sav
   b.tick(3'000);
   REQUIRE_FALSE(b.machine.has_worker(w(1)));
   b.give({2});
-  checkpoint_facts facts;
-  facts.step = 20;
-  facts.chain = 1020;
-  const auto look = [&b, &facts] {
+  const auto look = [&b] {
     const auto finds = all_of<actions::find_checkpoint>(b.answer(2, 2));
     REQUIRE(finds.size() == 1);
-    return b.step(checkpoint_found{static_cast<job_id>(1), finds[0].request, facts, {}});
+    return b.step(found_at(20, finds[0].request));
   };
   SUBCASE("a witness reaches it, and it comes back") {
     b.find(1, "alive");

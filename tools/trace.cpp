@@ -223,7 +223,7 @@ exit_code run_trace(const global_flags& flags, const trace_flags& own) {
   while (!trace["is_whole"].get<bool>()) {
     if (is_interrupted()) return exit_code::interrupted;
     std::this_thread::sleep_for(std::chrono::milliseconds(200));
-    auto now = api->get(path);
+    auto now = api->get(path + "?brief=1");
     if (!now) return complain(flags, now.err());
     if ((*now)["request"] != request)
       return complain(flags, make_error(errc::conflict, "another trace of {} was begun", own.job));
@@ -245,6 +245,11 @@ exit_code run_trace(const global_flags& flags, const trace_flags& own) {
                                       "nothing came. next: stagecoach why {}; a job that ends or "
                                       "stands before these steps does not do them",
                                       own.job));
+  auto whole = api->get(path);
+  if (!whole) return complain(flags, whole.err());
+  if ((*whole)["request"] != request)
+    return complain(flags, make_error(errc::conflict, "another trace of {} was begun", own.job));
+  trace = std::move(*whole);
   for (const json& m : trace["missing"])
     std::fprintf(stderr, "missing: %s (left, joined or started anew meanwhile)\n",
                  m.get<std::string>().c_str());

@@ -48,20 +48,29 @@ bool is_same_user(int socket) {
   return ::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &who, &bytes) == 0 && who.uid == ::geteuid();
 }
 
-bool send_segment(int socket, const std::array<std::byte, 16>& nonce, int segment) {
-  iovec part{const_cast<std::byte*>(nonce.data()), nonce.size()};
+/// A nonce and room for one descriptor, as the system calls want them; it points into itself.
+struct passing {
+  explicit passing(std::array<std::byte, 16>& nonce) : part{nonce.data(), nonce.size()} {
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+  }
+  passing(const passing&) = delete;
+
+  iovec part;
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  cmsghdr* head = CMSG_FIRSTHDR(&message);
+};
+
+bool send_segment(int socket, std::array<std::byte, 16> nonce, int segment) {
+  passing out(nonce);
+  cmsghdr* head = CMSG_FIRSTHDR(&out.message);
   head->cmsg_level = SOL_SOCKET;
   head->cmsg_type = SCM_RIGHTS;
   head->cmsg_len = CMSG_LEN(sizeof(int));
   std::memcpy(CMSG_DATA(head), &segment, sizeof(int));
-  return ::sendmsg(socket, &message, MSG_NOSIGNAL) == static_cast<ssize_t>(nonce.size());
+  return ::sendmsg(socket, &out.message, MSG_NOSIGNAL) == static_cast<ssize_t>(nonce.size());
 }
 
 struct segment_message {
@@ -73,15 +82,9 @@ struct segment_message {
 /// buffer has room for one descriptor, so the kernel hands over no more.
 result<segment_message> receive_segment(int socket) {
   segment_message got;
-  iovec part{got.nonce.data(), got.nonce.size()};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  const ssize_t count = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-  const cmsghdr* head = count < 0 ? nullptr : CMSG_FIRSTHDR(&message);
+  passing in(got.nonce);
+  const ssize_t count = ::recvmsg(socket, &in.message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+  const cmsghdr* head = count < 0 ? nullptr : CMSG_FIRSTHDR(&in.message);
   if (head != nullptr && head->cmsg_level == SOL_SOCKET && head->cmsg_type == SCM_RIGHTS &&
       head->cmsg_len == CMSG_LEN(sizeof(int))) {
     int fd = -1;
@@ -90,7 +93,7 @@ result<segment_message> receive_segment(int socket) {
   }
   if (count == 0) return make_error(errc::unreachable, "the peer closed its Unix socket");
   if (count != static_cast<ssize_t>(got.nonce.size()) || got.segment.fd() < 0 ||
-      (message.msg_flags & MSG_CTRUNC) != 0)
+      (in.message.msg_flags & MSG_CTRUNC) != 0)
     return make_error(errc::bad_input, "{} bytes without one descriptor", count);
   return got;
 }
