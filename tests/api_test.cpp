@@ -299,6 +299,40 @@ TEST_CASE("history stays within its bounds: old steps thin out, the newest stay 
   CHECK(history.add_line(id, {0, 0, "info", "w", std::string(10'000, 'x')}).text.size() == 4'096);
 }
 
+TEST_CASE("a trace: asked for by steps, and told with its instructions or without") {
+  fixture f;
+  const job_id job = f.submit("one");
+  CHECK(f.status("GET", "/api/v1/jobs/one/trace") == 404);
+  CHECK(f.status("PUT", "/api/v1/jobs/one/trace") == 405);
+  for (const char* wrong :
+       {"{}", R"({"first": 3})", R"({"next": 65})", R"({"next": -1})",
+        R"({"next": 2, "first": 3, "last": 4})", R"({"first": "3", "last": 4})"}) {
+    CAPTURE(wrong);
+    CHECK(f.status("POST", "/api/v1/jobs/one/trace", wrong) == 400);
+  }
+  auto outcome = f.ask("POST", "/api/v1/jobs/one/trace", R"({"first": 3, "last": 4})");
+  const auto* wanted = std::get_if<api_trace>(&outcome);
+  REQUIRE(wanted != nullptr);
+  CHECK(wanted->first == 3);
+  CHECK(wanted->last == 4);
+
+  const member_view member{worker_id{1}, "w1", "node", 0, 0, "running", 1};
+  REQUIRE(f.traces.begin(job, 3, 4, {member}, 1, 1));
+  traced part;
+  part.job = value(job);
+  part.request = 1;
+  part.step = 3;
+  part.spans = {1, 0, 0, 100};
+  f.traces.take(worker_id{1}, part);
+  const json whole = f.get("/api/v1/jobs/one/trace");
+  CHECK(whole["is_whole"] == false);
+  CHECK(whole["missing"] == json::array({"w1: steps 4"}));
+  CHECK(whole["workers"][0]["steps"][0]["spans"] == json::array({1, 0, 0, 100}));
+  const json brief = f.get("/api/v1/jobs/one/trace", {{"brief", "1"}});
+  CHECK(brief["workers"][0]["steps"][0]["step"] == 3);
+  CHECK_FALSE(brief["workers"][0]["steps"][0].contains("spans"));
+}
+
 TEST_CASE("rows of the series come back from the store as they were") {
   run_history history;
   const job_id id{3};
